@@ -1,0 +1,414 @@
+"""Every knob of a run, and the shapes of the models: frozen dataclasses that import no JAX.
+
+Resolution order: dataclass defaults, then each YAML file left to right, then `--a.b value` flags; the last wins.
+The defaults are the recipe of arXiv 2509.25300 as its code ran it (`scripts/train/*.sh` of the paper's repository).
+Checks never change a value: a contradiction is a `ConfigError` that says what was given, what is required, what to do.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """Something the user gave cannot be used. The command line prints it as one paragraph and exits non-zero."""
+
+
+# --------------------------------------------------------------------------------------------------- architectures
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Shape of a decoder of the Qwen2.5 / Qwen3 / Llama family (pre-norm, RoPE, grouped-query attention, SwiGLU)."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    vocab_size: int
+    """Rows of the embedding table, padding rows beyond the tokenizer included."""
+    tied_embeddings: bool
+    qkv_bias: bool = True
+    """Bias on q, k, v (Qwen2.5); Qwen3 and Llama have none."""
+    qk_norm: bool = False
+    """RMS norm over head_dim on q and k (Qwen3)."""
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}; "
+                "grouped-query attention needs whole groups of query heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim = {self.head_dim} is odd; rotary embeddings rotate pairs, use an even number")
+
+
+def _qwen25(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int, tied: bool):
+    return Architecture(hidden, layers, heads, kv_heads, head_dim, mlp, vocab, tied)
+
+
+def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, tied: bool):
+    return Architecture(hidden, layers, heads, kv_heads, 128, mlp, 151936, tied, qkv_bias=False, qk_norm=True)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "tiny": _qwen25(128, 4, 4, 2, 32, 512, 64, True),
+    "qwen2.5-0.5b": _qwen25(896, 24, 14, 2, 64, 4864, 151936, True),
+    "qwen2.5-1.5b": _qwen25(1536, 28, 12, 2, 128, 8960, 151936, True),
+    "qwen2.5-3b": _qwen25(2048, 36, 16, 2, 128, 11008, 151936, True),
+    "qwen2.5-7b": _qwen25(3584, 28, 28, 4, 128, 18944, 152064, False),
+    "qwen2.5-14b": _qwen25(5120, 48, 40, 8, 128, 13824, 152064, False),
+    "qwen2.5-32b": _qwen25(5120, 64, 40, 8, 128, 27648, 152064, False),
+    "qwen2.5-72b": _qwen25(8192, 80, 64, 8, 128, 29568, 152064, False),
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 8, 3072, True),
+    "qwen3-1.7b": _qwen3(2048, 28, 16, 8, 6144, True),
+    "qwen3-4b": _qwen3(2560, 36, 32, 8, 9728, True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 8, 12288, False),
+    "qwen3-14b": _qwen3(5120, 40, 40, 8, 17408, False),
+    "qwen3-32b": _qwen3(5120, 64, 64, 8, 25600, False),
+    "smollm2-135m": Architecture(
+        576, 30, 9, 3, 64, 1536, 49152, True, qkv_bias=False, rope_theta=1e5, rms_norm_eps=1e-5
+    ),
+}
+"""Known shapes by name. The seven Qwen2.5 sizes are the paper's; base and instruct share a shape."""
+
+NOMINAL_PARAMS: dict[str, float] = {
+    "qwen2.5-0.5b": 0.5e9,
+    "qwen2.5-1.5b": 1.5e9,
+    "qwen2.5-3b": 3e9,
+    "qwen2.5-7b": 7e9,
+    "qwen2.5-14b": 14e9,
+    "qwen2.5-32b": 32e9,
+    "qwen2.5-72b": 72e9,
+}
+"""The N that the paper's fits use (`analysis/src/extract_csv.py`): the size label, not a count."""
+
+# ------------------------------------------------------------------------------------------------ sections of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which policy, and how it is held."""
+
+    path: str = ""
+    """Folder or hub name with Hugging Face safetensors; empty: random weights of `architecture`."""
+    architecture: str = "qwen2.5-0.5b"
+    """Name in `ARCHITECTURES`, used when `path` is empty. With a procedural task the vocabulary is the task's."""
+    tokenizer: str = ""
+    """Folder or hub name of the tokenizer; empty: the one in `path`, or the procedural task's own."""
+    revision: str = ""
+    """Hub revision (commit) of `path`; empty: the newest."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of forward and backward; masters are float32. auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass recomputes: nothing, everything but matmuls, or each whole layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices as a grid. The product must be the number of devices; one axis may be -1, "what is left"."""
+
+    data: int = 1
+    """Replicas of the parameters, each with its own rows."""
+    fsdp: int = -1
+    """Devices over which parameters, optimizer state and rows are split."""
+    tensor: int = 1
+    """Devices over which heads, MLP columns and the vocabulary are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Training prompts and how often each is used. prompts = unique x repeats = steps x prompts_per_step."""
+
+    train: str = ""
+    """.parquet or .jsonl in the verl schema, a saved HF dataset folder, or `task:char_count` / `task:arithmetic`."""
+    prompts_per_step: int = 512
+    unique: int = 0
+    """Unique prompts taken from the file by `subset`; 0: all of them."""
+    repeats: int = 1
+    """tau: times each unique prompt is used in the run."""
+    order: Literal["file", "curriculum", "shuffle"] = "file"
+    """file: as read, every epoch alike (the paper). curriculum: easy to hard by `difficulty_field`. shuffle: a new
+    permutation every epoch, from `seed`."""
+    subset: Literal["first", "paper", "independent"] = "first"
+    """How `unique` records are chosen. first: the first rows. paper: stratified easy/hard from seeds 42 and 43, nested.
+    independent: uniform without replacement from `seed`."""
+    difficulty_field: str = "qwen2.5_7b_pass_rate"
+    """Field of `extra_info` with a pass rate in [0, 1]: 1 is easiest."""
+    seed: int = 0
+    max_prompt_tokens: int = 2048
+    """Longer prompts, chat template included, are an error or dropped (`overlong`)."""
+    overlong: Literal["error", "drop"] = "drop"
+    """drop: leave out and count (the paper, train and evaluation alike)."""
+    task_records: int = 4096
+    """Training records a procedural task generates."""
+    system_prompt: str = ""
+    """System message; empty: the chat template's own default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn in training."""
+
+    max_completion_tokens: int = 4096
+    temperature: float = 1.0
+    """0 is greedy; training needs > 0."""
+    chunk_tokens: int = 32
+    """Tokens decoded per call of the jitted loop; the host looks at the rows between calls."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Empty: those of the model's `generation_config` (base and instruct models differ)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """How completions are scored."""
+
+    name: Literal["auto", "math", "gsm8k", "char_count", "exact"] = "auto"
+    """auto: by each record's `data_source`."""
+    timeout_seconds: float = 10.0
+    """Wall-clock limit per completion; an overrun scores 0 and is counted."""
+    workers: int = 2
+    """Worker processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+    """The objective. Defaults are the paper's code: verl's token-mean GRPO with dual clip and a k3 KL loss."""
+
+    group_size: int = 8
+    """G: completions per prompt."""
+    updates_per_step: int = 4
+    """Optimizer updates per step, each on prompts_per_step / updates_per_step prompts."""
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """grpo: (r - mean) / (std + eps), std with ddof 1. dr_grpo: r - mean."""
+    advantage_eps: float = 1e-6
+    loss: Literal["clip"] = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    """Upper bound of -ratio * A for A < 0; 0: off."""
+    aggregation: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
+    """token_mean: one mean over the update's completion tokens. seq_mean_token_mean: the paper's printed formula."""
+    kl_coefficient: float = 0.001
+    """Weight of the KL to the frozen starting model in the loss; 0: no reference model is kept."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    old_logprobs: Literal["recompute", "behaviour"] = "recompute"
+    """recompute: the learner rescores before the first update (the paper). behaviour: the sampler's own log-probs."""
+    microbatch_tokens: int = 16384
+    """Tokens, padding included, per forward and backward on each (data x fsdp) shard."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on float32 masters, decay on every parameter (as torch)."""
+
+    learning_rate: float = 1e-6
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    """Global-norm clip; 0: off. A non-finite norm skips the update and is counted."""
+    warmup_updates: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Supervised warm start (`rljax sft`): completion-only cross-entropy on the records' `solution`."""
+
+    steps: int = 100
+    batch_size: int = 64
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.1
+    max_tokens: int = 2048
+    """Prompt plus solution; longer records are dropped and counted."""
+    output: str = ""
+    """Hugging Face folder to write; empty: `run_dir`/sft."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out measurement: test_loss = 1 - pass@1."""
+
+    data: str = ""
+    """As `data.train`; empty: no evaluation. `task:NAME` is the task's held-out split, disjoint from training."""
+    every: int = 1
+    """Steps between evaluations; step 0, before training, is always evaluated. 0: only step 0 and the last."""
+    samples_per_prompt: int = 1
+    temperature: float = 0.7
+    """0 is greedy. The paper draws one sample at 0.7."""
+    max_completion_tokens: int = 0
+    """0: as `sampling`."""
+    max_prompts: int = 0
+    """First so many records; 0: all (for a task: 256)."""
+    batch_prompts: int = 0
+    """Prompts per generate call; 0: as many as a training step samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Learner state, data iterator, config and counters, saved as one unit."""
+
+    every: int = 10
+    """Steps between saves; the last step is always saved. 0: never."""
+    keep: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """metrics.jsonl and curves.csv are always written."""
+
+    rollouts: int = 4
+    """Completions per step kept in rollouts/ for reading."""
+    tensorboard: bool = False
+    wandb: str = ""
+    """Project name; empty: off. Needs the `wandb` extra."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A run: everything that decides what is computed."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run; an existing one is resumed."""
+    seed: int = 0
+    """Seed of initial weights and of every draw."""
+    steps: int = 0
+    """0: as many whole steps as unique x repeats prompts give."""
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sft: SftConfig = SftConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        _check_algorithm(self)
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+_AT_LEAST_ONE = (
+    "data.prompts_per_step data.repeats data.max_prompt_tokens data.task_records sampling.max_completion_tokens "
+    "sampling.chunk_tokens reward.workers algorithm.group_size algorithm.updates_per_step algorithm.microbatch_tokens "
+    "sft.batch_size sft.max_tokens evaluation.samples_per_prompt checkpoint.keep"
+).split()
+_AT_LEAST_ZERO = (
+    "steps data.unique sampling.temperature algorithm.clip_low algorithm.clip_high algorithm.dual_clip "
+    "algorithm.kl_coefficient optimizer.learning_rate optimizer.weight_decay optimizer.max_grad_norm "
+    "optimizer.warmup_updates sft.steps sft.learning_rate evaluation.every evaluation.temperature "
+    "evaluation.max_completion_tokens evaluation.max_prompts evaluation.batch_prompts checkpoint.every logging.rollouts"
+).split()
+
+
+def _field(config: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for bound, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
+        for name in names:
+            value = _field(config, name)
+            if not value >= bound:  # also refuses NaN
+                raise ConfigError(f"{name} = {value} must be at least {bound}; change it in the YAML or with --{name}")
+    if config.reward.timeout_seconds <= 0:
+        raise ConfigError(f"reward.timeout_seconds = {config.reward.timeout_seconds} must be positive")
+    if config.model.path == "" and config.model.architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"model.architecture = {config.model.architecture!r} is not known; choose one of "
+            f"{', '.join(ARCHITECTURES)}, or give model.path"
+        )
+
+
+def _check_algorithm(config: RunConfig) -> None:
+    algorithm, prompts = config.algorithm, config.data.prompts_per_step
+    if algorithm.group_size == 1 and algorithm.advantage == "grpo":
+        raise ConfigError(
+            "algorithm.group_size = 1 with algorithm.advantage = 'grpo' divides by the standard deviation of a single "
+            "reward, which does not exist; use a group of at least 2"
+        )
+    if prompts % algorithm.updates_per_step:
+        raise ConfigError(
+            f"data.prompts_per_step = {prompts} cannot be split into algorithm.updates_per_step = "
+            f"{algorithm.updates_per_step} equal updates; make it a multiple"
+        )
+    if config.sampling.temperature == 0:
+        raise ConfigError(
+            "sampling.temperature = 0 samples greedily: all completions of a group are the same and no advantage is "
+            "left; use a positive temperature (evaluation.temperature may be 0)"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- parse
+
+
+def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig:
+    """Config from `[FILE.yaml ...] [--a.b value ...]`.
+
+    YAML keys go through the same parser as flags, so both have one set of rules and one kind of message.
+
+    Raises:
+      ConfigError: a file is missing or is not a YAML mapping.
+      SystemExit: the parser refused a key or value (it has printed why, with the nearest real name), or `--help`.
+    """
+    import tyro  # 0.1 s: not paid by who only reads a shape
+
+    files = [a for a in argv if a.endswith((".yaml", ".yml")) and not a.startswith("-")]
+    flags = [a for a in argv if a not in files]
+    for file in reversed(files):
+        flags = _as_flags(read_yaml(file)) + flags
+    return tyro.cli(
+        RunConfig, args=flags, prog=prog, config=(tyro.conf.FlagConversionOff,), use_underscores=True
+    )
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; `ConfigError` when there is no such file or it is something else."""
+    import yaml
+
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"config file {file} does not exist; give the path of a YAML file such as configs/quickstart.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {file} is not YAML: {error}; fix the line it names") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {file} holds a {type(tree).__name__}; it must be a mapping of section names")
+    return tree
+
+
+def _as_flags(tree: dict[str, Any], prefix: str = "--") -> list[str]:
+    """{"algorithm": {"group_size": 8}} -> ["--algorithm.group_size", "8"]."""
+    flags: list[str] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flags += _as_flags(value, f"{prefix}{key}.")
+        else:
+            flags += [f"{prefix}{key}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML that `parse_config` reads back to an equal config."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return list(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(config), sort_keys=False)

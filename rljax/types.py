@@ -1,0 +1,88 @@
+"""The records that cross files. Read these, and the rest of the project is functions between them.
+
+Letters: P prompts, G group size, B = P*G completions, S prompt slots, R completion slots, T learner positions.
+Every `[B, T]` array is token-aligned: index t is about `tokens[:, t]`. The one shift is in `rl/logprobs.py`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRecord:
+    """One problem, in the words of the verl schema."""
+
+    prompt: tuple[dict[str, str], ...]
+    """Chat messages: `{"role": ..., "content": ...}`."""
+    data_source: str
+    """Names the verifier."""
+    ground_truth: str
+    """What the verifier compares with."""
+    solution: str = ""
+    """A full worked answer for supervised fine-tuning; empty when the file has none."""
+    extra_info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """index, split, pass rates, ...: JSON-able."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts of one step, on the host."""
+
+    tokens: np.ndarray  # [P, S] int32, right-padded
+    lengths: np.ndarray  # [P] int32, >= 1
+    positions: np.ndarray  # [P] int64, place in the run's stream of prompts; seeds the draws
+    records: tuple[PromptRecord, ...]  # P of them
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+STOP, LENGTH = 0, 1
+"""Stop reasons: a stop token was sampled; the completion reached the cap."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Completions of P prompts, G each, on the host; row p * G + g is completion g of prompt p.
+
+    Example, R = 4, stop id 9: the tokens sampled were [5, 9] and [7, 7, 7, 7]:
+      tokens [[5, 9, 0, 0], [7, 7, 7, 7]]   lengths [2, 4]   stop_reasons [STOP, LENGTH]
+    """
+
+    prompts: Prompts
+    group_size: int
+    tokens: np.ndarray  # [B, R] int32, stop token included, 0 after `lengths`
+    lengths: np.ndarray  # [B] int32, 1..R
+    behaviour_logprobs: np.ndarray  # [B, R] float32 of the distribution sampled; 0 after `lengths`
+    stop_reasons: np.ndarray  # [B] int8, STOP or LENGTH
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """Token-aligned rows the learner trains on. A row may hold several sequences (`group`)."""
+
+    tokens: jax.Array  # [B, T] int32
+    positions: jax.Array  # [B, T] int32, rotary position within the sequence
+    group: jax.Array  # [B, T] int32, which prompt of the row; -1 is padding
+    completion: jax.Array  # [B, T] int32, 0 on the prompt, k >= 1 on its k-th completion
+    loss_mask: jax.Array  # [B, T] bool, True on completion tokens, the stop token included
+    advantages: jax.Array  # [B, T] float32
+    weights: jax.Array  # [B, T] float32, the aggregation's weight of each token: they sum to 1 over an update
+    old_logprobs: jax.Array  # [B, T] float32, denominator of the ratio
+    behaviour_logprobs: jax.Array  # [B, T] float32, what the sampler reported
+    reference_logprobs: jax.Array  # [B, T] float32, frozen starting model
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What an update changes."""
+
+    params: Any  # learner layout, float32 masters
+    opt_state: Any
+    updates: jax.Array  # [] int32, optimizer updates attempted
+    skipped: jax.Array  # [] int32, of those, skipped because the gradient was not finite
