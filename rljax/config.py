@@ -37,6 +37,8 @@ class Architecture:
     """RMS norm over head_dim on q and k (Qwen3)."""
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
+    num_tokens: int = 0
+    """Vocabulary rows that are tokens: rows beyond it are padding and are never sampled. 0: all of them."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -1,0 +1,91 @@
+"""Devices as a grid `(data, fsdp, tensor)`, and what of each array lies where.
+
+Arrays name their dims logically (`rljax/models/qwen2.py`); two rule tables say which mesh axis splits which name.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rljax.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = PartitionSpec(("data", "fsdp"))
+"""Leading dim of every batch of rows."""
+
+Rules = Mapping[str, str | None]
+
+LEARNER_RULES: Rules = {"vocab": "tensor", "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+"""Parameters, gradients and optimizer state: every matrix is split twice."""
+
+SAMPLER_RULES: Rules = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+"""Decoding: never over fsdp, or the weights would cross the network once per token."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (default: all).
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    given = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(f"{given}: axes are positive, and at most one is -1 (what is left); set the others")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if fixed * (sizes[free[0]] if free else 1) != len(devices):
+        rule = f"must divide {len(devices)}" if free else f"must multiply to {len(devices)}"
+        raise ConfigError(
+            f"{given}: the fixed axes multiply to {fixed} and {rule}, the number of devices here; "
+            f"change one, or set it to -1 to take what is left"
+        )
+    grid = np.asarray(devices).reshape([sizes[axis] for axis in AXES])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Shards a batch of rows is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading dim split over data and fsdp."""
+    return NamedSharding(mesh, ROWS)
+
+
+def microbatch_sharding(mesh: Mesh) -> NamedSharding:
+    """`[M, b, ...]`: the rows of each micro-batch split, the micro-batches not."""
+    return NamedSharding(mesh, PartitionSpec(None, *ROWS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(mesh: Mesh, shapes: Any, axes: Any, rules: Rules) -> Any:
+    """Tree of shardings for a tree of shapes and a same-structured tree of logical axis names.
+
+    Raises:
+      ConfigError: a dim is not a multiple of the mesh axis that splits it.
+    """
+
+    def sharding(path: Any, leaf: Any, names: tuple[str, ...]) -> NamedSharding:
+        spec = [rules.get(name) for name in names]
+        for size, name, axis in zip(leaf.shape, names, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                fits = [n for n in range(1, mesh.shape[axis] + 1) if size % n == 0]
+                raise ConfigError(
+                    f"mesh.{axis} = {mesh.shape[axis]} does not divide {name} = {size} of parameter "
+                    f"{jax.tree_util.keystr(path)} {tuple(leaf.shape)}; the nearest that does is mesh.{axis} = {fits[-1]}"
+                )
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes, axes)

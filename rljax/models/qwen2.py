@@ -1,0 +1,212 @@
+"""The decoder of the Qwen2.5 / Qwen3 / Llama family: parameter declaration and forward passes.
+
+The parameter tree is the contract; nothing outside this file knows of Flax modules.
+
+  learner layout   {"embed": [V, D], "layers": {name: [L, ...]}, "final_norm": [D], "head": [D, V] if untied}
+  sampler layout   the same with "layers" a list of dicts, q|k|v and gate|up fused, in the compute dtype
+
+Letters: B rows, T positions, P prompts, S prompt slots, L layers, D width, N query heads, K key/value heads, H head
+dim, F MLP width, V vocabulary.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rljax.config import Architecture
+from rljax.models.attention import NEVER, AttentionLayout, attention
+from rljax.models.layers import Rope, decoder_block, dot, rms_norm, rope_tables
+
+Params = dict[str, Any]
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+INIT_STDDEV = 0.02
+"""Standard deviation of initial weights, as the family's `initializer_range`."""
+
+
+class Block(nn.Module):
+    """Declares one layer's weights and calls `decoder_block`; scanned over the layers."""
+
+    arch: Architecture
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: Rope, layout: AttentionLayout) -> tuple[jax.Array, None]:
+        a = self.arch
+        heads, kv = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+            "attn_norm": ((a.hidden_size,), ("norm",)),
+            "q": ((a.hidden_size, a.num_heads, a.head_dim), heads),
+            "k": ((a.hidden_size, a.num_kv_heads, a.head_dim), kv),
+            "v": ((a.hidden_size, a.num_kv_heads, a.head_dim), kv),
+            "o": ((a.num_heads, a.head_dim, a.hidden_size), ("heads", "head_dim", "embed")),
+            "mlp_norm": ((a.hidden_size,), ("norm",)),
+            "gate": ((a.hidden_size, a.mlp_size), ("embed", "mlp")),
+            "up": ((a.hidden_size, a.mlp_size), ("embed", "mlp")),
+            "down": ((a.mlp_size, a.hidden_size), ("mlp", "embed")),
+        }
+        if a.qkv_bias:
+            shapes["q_bias"] = ((a.num_heads, a.head_dim), heads[1:])
+            shapes["k_bias"] = shapes["v_bias"] = ((a.num_kv_heads, a.head_dim), kv[1:])
+        if a.qk_norm:
+            shapes["q_norm"] = shapes["k_norm"] = ((a.head_dim,), ("norm",))
+        weights = {name: self.param(name, _initializer(name, axes), shape) for name, (shape, axes) in shapes.items()}
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return attention(q, k, v, layout), None
+
+        return decoder_block(weights, a, x, rope, attend)
+
+
+def _initializer(name: str, axes: tuple[str, ...]):
+    if name.endswith("norm"):
+        kind = nn.initializers.ones
+    elif name.endswith("bias"):
+        kind = nn.initializers.zeros
+    else:
+        kind = nn.initializers.normal(INIT_STDDEV)
+    return nn.with_partitioning(kind, axes)
+
+
+class Decoder(nn.Module):
+    """Embedding, the scanned blocks, the final norm; `head` is declared here and used by `logits`."""
+
+    arch: Architecture
+    compute_dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array, layout: AttentionLayout) -> jax.Array:
+        a = self.arch
+        vocab = _initializer("embed", ("vocab", "embed"))
+        embed = self.param("embed", vocab, (a.vocab_size, a.hidden_size))
+        if not a.tied_embeddings:
+            self.param("head", _initializer("head", ("embed", "vocab")), (a.hidden_size, a.vocab_size))
+        x = embed.astype(self.compute_dtype)[tokens]
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=a.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = layers(a, name="layers")(x, rope_tables(positions, a.head_dim, a.rope_theta), layout)
+        return rms_norm(x, self.param("final_norm", _initializer("final_norm", ("norm",)), (a.hidden_size,)), a.rms_norm_eps)
+
+
+def _declare(arch: Architecture, key: jax.Array) -> Any:
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return Decoder(arch).init(key, tokens, tokens, AttentionLayout(tokens, tokens))["params"]
+
+
+@partial(jax.jit, static_argnames="arch")
+def init(key: jax.Array, arch: Architecture) -> Params:
+    """Random float32 parameters in the learner layout: normal(0.02) matrices, zero biases, unit norms."""
+    return nn.meta.unbox(_declare(arch, key))
+
+
+def param_shapes(arch: Architecture) -> Params:
+    """Tree of `ShapeDtypeStruct` of the learner layout; allocates nothing."""
+    return jax.eval_shape(lambda key: nn.meta.unbox(_declare(arch, key)), jax.random.key(0))
+
+
+def param_axes(arch: Architecture) -> Params:
+    """Tree of logical axis names of the learner layout, a tuple per leaf (rules: `rljax/mesh.py`)."""
+    boxed = jax.eval_shape(partial(_declare, arch), jax.random.key(0))
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def forward(
+    params: Params,
+    arch: Architecture,
+    tokens: jax.Array,
+    positions: jax.Array,
+    layout: AttentionLayout,
+    *,
+    compute_dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> jax.Array:
+    """Final hidden states [B, T, D] of `tokens` [B, T] at rotary `positions` [B, T], learner layout."""
+    return Decoder(arch, compute_dtype, remat).apply({"params": params}, tokens, positions, layout)  # type: ignore[return-value]
+
+
+def logits(params: Params, arch: Architecture, hidden: jax.Array) -> jax.Array:
+    """float32 [..., V] from hidden [..., D], either layout; vocabulary rows that are no token get `NEVER`."""
+    if arch.tied_embeddings:
+        scores = dot("...d,vd->...v", hidden, params["embed"])
+    else:
+        scores = dot("...d,dv->...v", hidden, params["head"])
+    scores = scores.astype(jnp.float32)
+    if 0 < arch.num_tokens < arch.vocab_size:
+        scores = jnp.where(jnp.arange(arch.vocab_size) < arch.num_tokens, scores, NEVER)
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------------- sampler layout
+
+
+def sampler_params(params: Params, arch: Architecture, compute_dtype: Any) -> Params:
+    """Learner layout to sampler layout: cast, unstack, fuse. Jitted by the caller: this is the weight sync."""
+    groups = arch.num_heads // arch.num_kv_heads
+
+    def fuse(weights: Params) -> Params:
+        fused = {name: weights[name] for name in weights if name not in ("q", "k", "v", "gate", "up")}
+        q = weights["q"].reshape(arch.hidden_size, arch.num_kv_heads, groups, arch.head_dim)
+        fused["qkv"] = jnp.concatenate([q, weights["k"][:, :, None], weights["v"][:, :, None]], axis=2)
+        if arch.qkv_bias:
+            q_bias = fused.pop("q_bias").reshape(arch.num_kv_heads, groups, arch.head_dim)
+            k_bias, v_bias = fused.pop("k_bias")[:, None], fused.pop("v_bias")[:, None]
+            fused["qkv_bias"] = jnp.concatenate([q_bias, k_bias, v_bias], axis=1)
+        fused["gate_up"] = jnp.stack([weights["gate"], weights["up"]], axis=1)
+        return fused
+
+    cast = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
+    layers = [fuse(jax.tree.map(lambda leaf, i=i: leaf[i], cast["layers"])) for i in range(arch.num_layers)]
+    return {**cast, "layers": layers}
+
+
+def sampler_param_axes(arch: Architecture) -> Params:
+    """Logical axis names of the sampler layout."""
+    axes = param_axes(arch)
+    layer = {name: names[1:] for name, names in axes["layers"].items() if name not in ("q", "k", "v", "gate", "up")}
+    layer["qkv"] = ("embed", "kv_heads", "heads_per_kv", "head_dim")
+    layer["gate_up"] = ("embed", "gate_up", "mlp")
+    if arch.qkv_bias:
+        for name in ("q_bias", "k_bias", "v_bias"):
+            del layer[name]
+        layer["qkv_bias"] = ("kv_heads", "heads_per_kv", "head_dim")
+    return {**axes, "layers": [layer] * arch.num_layers}
+
+
+def prefill(
+    params: Params, arch: Architecture, tokens: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    """Runs right-padded prompts once: tokens [P, S], lengths [P], sampler layout.
+
+    Returns the hidden state [P, D] of each last prompt token and, per layer, keys and values [P, K, S, H]
+    (head-major, as the decode step reads them).
+    """
+    slots = tokens.shape[1]
+    layout = AttentionLayout.right_padded(lengths, slots)
+    rope = rope_tables(jnp.broadcast_to(jnp.arange(slots), tokens.shape), arch.head_dim, arch.rope_theta)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return attention(q, k, v, layout), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    x = params["embed"][tokens]
+    keys, values = [], []
+    for weights in params["layers"]:
+        x, (k, v) = decoder_block(weights, arch, x, rope, attend)
+        keys.append(k)
+        values.append(v)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return rms_norm(last, params["final_norm"], arch.rms_norm_eps), keys, values
