@@ -55,6 +55,10 @@ class Sampler:
         self._params = None  # free the old copy before the new one is made
         self._params = self._to_sampler(params)
 
+    def block_until_ready(self) -> None:
+        """Waits for the last `sync`."""
+        jax.block_until_ready(self._params)
+
     def generate(
         self,
         prompts: Prompts,

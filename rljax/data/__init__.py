@@ -1,0 +1,1 @@
+"""Records, how often each is used, and the stream of prompts a run consumes."""

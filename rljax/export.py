@@ -1,0 +1,50 @@
+"""Weights from one form to another: GGUF files and run folders to Hugging Face folders."""
+
+import logging
+from pathlib import Path
+
+from rljax.checkpoint import CheckpointStore
+from rljax.config import ConfigError, parse_config
+from rljax.models.gguf import convert_gguf, demo_gguf
+from rljax.policy import open_policy
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo:smollm2"
+
+
+def convert(source: str, destination: str) -> None:
+    """Writes a Hugging Face folder at `destination` from a .gguf file, `demo:smollm2`, or a run folder.
+
+    Raises:
+      ConfigError: the source is none of these, or the destination exists.
+    """
+    if Path(destination).exists():
+        raise ConfigError(f"destination {destination} exists; give a folder that does not, nothing is overwritten")
+    if source == DEMO:
+        convert_gguf(demo_gguf(), destination)
+    elif source.endswith(".gguf"):
+        if not Path(source).is_file():
+            raise ConfigError(f"GGUF file {source} does not exist; give the path of one, or {DEMO}")
+        convert_gguf(Path(source), destination)
+    elif (Path(source) / "config.yaml").is_file():
+        export_run(Path(source), destination)
+    else:
+        raise ConfigError(
+            f"source {source!r} is not a .gguf file, not {DEMO!r}, and holds no config.yaml as a run folder does; "
+            "give one of these"
+        )
+    logger.info("wrote %s", destination)
+
+
+def export_run(run_dir: Path, destination: str) -> None:
+    """The newest checkpoint of a run as a Hugging Face folder."""
+    config = parse_config([str(run_dir / "config.yaml")], prog="rljax convert")
+    policy = open_policy(config)
+    store = CheckpointStore(run_dir / "checkpoints", None)
+    try:
+        state, _, step = store.restore({"params": policy.shapes}, partial=True)
+    finally:
+        store.close()
+    logger.info("step %d of %s", step, run_dir)
+    policy.export(state["params"], destination)

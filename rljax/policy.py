@@ -1,0 +1,126 @@
+"""The policy of a run: its architecture, tokenizer and mesh, and its parameters from where the config says."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rljax.config import ARCHITECTURES, Architecture, ConfigError, RunConfig
+from rljax.data.tasks import TASKS
+from rljax.mesh import LEARNER_RULES, make_mesh, param_shardings
+from rljax.models import hf, qwen2
+from rljax.sampling.engine import Sampler
+from rljax.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
+
+_TASK_PREFIX = "task:"
+_VOCAB_MULTIPLE = 32
+"""Rows of a task's embedding are rounded up to this, so that small meshes divide them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What is fixed about the model of a run; the parameters are passed beside it."""
+
+    arch: Architecture
+    tokenizer: Tokenizer
+    mesh: Mesh
+    compute_dtype: str
+    source: Path | None
+    """Folder the parameters come from; None: random."""
+
+    @functools.cached_property
+    def shapes(self) -> qwen2.Params:
+        """Tree of `ShapeDtypeStruct` with the learner's shardings."""
+        shapes = qwen2.param_shapes(self.arch)
+        shardings = param_shardings(self.mesh, shapes, qwen2.param_axes(self.arch), LEARNER_RULES)
+        return jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
+
+    def load_params(self, seed: int) -> qwen2.Params:
+        """float32 parameters in the learner layout on the mesh: from `source`, or random from `seed`."""
+        shardings = jax.tree.map(lambda s: s.sharding, self.shapes)
+        if self.source is not None:
+            return hf.load_params(self.source, self.arch, shardings=shardings)
+        make = jax.jit(lambda key: qwen2.init(key, self.arch), out_shardings=shardings)
+        return make(jax.random.key(seed))
+
+    def sampler(self, chunk_tokens: int) -> Sampler:
+        """A sampler of this policy; it holds no parameters until `sync`."""
+        return Sampler(
+            self.arch,
+            self.mesh,
+            stop_ids=self.tokenizer.stop_ids,
+            compute_dtype=self.compute_dtype,
+            chunk_tokens=chunk_tokens,
+        )
+
+    def export(self, params: qwen2.Params, folder: str | Path) -> None:
+        """Writes a Hugging Face folder that transformers opens, tokenizer included."""
+        hf.save_folder(params, self.arch, folder, tokenizer=self.tokenizer)
+
+
+def open_policy(config: RunConfig) -> Policy:
+    """Reads what there is to know before any weight is loaded.
+
+    Raises:
+      ConfigError: no such folder; another architecture; a tokenizer that does not fit; a mesh that does not divide.
+    """
+    source = hf.resolve(config.model.path, config.model.revision) if config.model.path else None
+    tokenizer = _tokenizer(config, source)
+    if source is not None:
+        arch = hf.read_architecture(source)
+    else:
+        arch = ARCHITECTURES[config.model.architecture]
+        if config.data.train.startswith(_TASK_PREFIX) and not config.model.tokenizer:
+            arch = dataclasses.replace(arch, vocab_size=-(-tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE)
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {arch.vocab_size} vocabulary rows; "
+            "give model.tokenizer the tokenizer the model was trained with"
+        )
+    policy = Policy(
+        arch=dataclasses.replace(arch, num_tokens=tokenizer.vocab_size),
+        tokenizer=tokenizer,
+        mesh=make_mesh(config.mesh),
+        compute_dtype=resolve_dtype(config.model.compute_dtype),
+        source=source,
+    )
+    _ = policy.shapes  # a mesh that does not divide is refused now, not after the data is read
+    return policy
+
+
+def resolve_dtype(compute_dtype: str) -> str:
+    """"auto" is bfloat16 where the hardware multiplies it (TPU, GPU) and float32 on a CPU."""
+    if compute_dtype != "auto":
+        return compute_dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _tokenizer(config: RunConfig, source: Path | None) -> Tokenizer:
+    stop_ids = config.sampling.stop_token_ids
+    if config.model.tokenizer:
+        return load_tokenizer(config.model.tokenizer, stop_ids=stop_ids)
+    if source is not None:
+        return load_tokenizer(source, stop_ids=stop_ids)
+    task = TASKS.get(config.data.train.removeprefix(_TASK_PREFIX))
+    if not config.data.train.startswith(_TASK_PREFIX) or task is None:
+        raise ConfigError(
+            f"model.path is empty and data.train = {config.data.train!r} is not a procedural task, so there is no "
+            f"tokenizer; give model.path or model.tokenizer, or data.train = one of "
+            f"{', '.join(_TASK_PREFIX + name for name in TASKS)}"
+        )
+    return character_tokenizer(task.alphabet)
+
+
+def memory_gib() -> dict[str, float]:
+    """Peak resident memory of this process and, where the backend says, of the busiest device, in GiB."""
+    import resource
+
+    peaks = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    stats: list[Any] = [device.memory_stats() for device in jax.local_devices()]
+    used = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if used:
+        peaks["memory/device_peak_gib"] = max(used) / 2**30
+    return peaks

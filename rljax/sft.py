@@ -1,0 +1,123 @@
+"""Supervised warm start: completion-only cross-entropy on the records' `solution`, because a base model has to come
+from somewhere. Same records, model, optimizer and clipping as GRPO."""
+
+import dataclasses
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax.config import Architecture, ConfigError, OptimizerConfig, RunConfig
+from rljax.data.records import read_records
+from rljax.data.reuse import make_plan
+from rljax.mesh import microbatch_sharding, num_row_shards
+from rljax.metrics import WeightedMean, to_floats
+from rljax.models.qwen2 import Params
+from rljax.policy import Policy, open_policy
+from rljax.rl.logprobs import batch_logprobs
+from rljax.rl.learner import fresh_state, state_shapes
+from rljax.rl.packing import microbatches, rows_of_sequences, rows_per_microbatch, token_weights
+from rljax.rl.update import Compute, Metrics, apply_gradients, sum_over_microbatches
+from rljax.types import PromptRecord, TrainBatch, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@partial(jax.jit, static_argnames=("arch", "optimizer", "compute"), donate_argnames="state")
+def sft_update(
+    state: TrainState, batch: TrainBatch, *, arch: Architecture, optimizer: OptimizerConfig, compute: Compute
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update on the weighted negative log-likelihood of `batch` ([M, b, T] leaves)."""
+
+    def loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+        logprobs, _ = batch_logprobs(
+            params, arch, rows, temperature=1.0, compute_dtype=compute.dtype, remat=compute.remat
+        )
+        total = -jnp.sum(logprobs * rows.weights)
+        return total, {"sft/loss": WeightedMean(total, jnp.sum(rows.weights))}
+
+    grads, metrics = sum_over_microbatches(lambda rows: jax.grad(loss, has_aux=True)(state.params, rows), batch)
+    state, applied = apply_gradients(state, grads, optimizer)
+    return state, metrics | applied
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt and its worked answer as ids, the stop token included: or stopping would never be learnt."""
+
+    prompt: np.ndarray  # [p] int32
+    completion: np.ndarray  # [c] int32
+
+
+def encode_examples(records: list[PromptRecord], policy: Policy, max_tokens: int) -> list[Example]:
+    """Examples that fit `max_tokens`, in order; what is dropped is counted in the log.
+
+    Raises:
+      ConfigError: a record has no solution, or none fits.
+    """
+    examples = []
+    for place, record in enumerate(records):
+        if not record.solution:
+            raise ConfigError(
+                f"record {place} ({record.data_source}) has no solution to learn from; supervised fine-tuning needs "
+                'a "solution" (or extra_info.answer) in every record of data.train'
+            )
+        prompt = policy.tokenizer.encode_chat(record.prompt)
+        completion = [*policy.tokenizer.encode(record.solution), policy.tokenizer.stop_ids[0]]
+        if len(prompt) + len(completion) <= max_tokens:
+            examples.append(Example(np.array(prompt, np.int32), np.array(completion, np.int32)))
+    if len(examples) < len(records):
+        dropped = len(records) - len(examples)
+        logger.warning("dropped %d of %d examples longer than sft.max_tokens = %d", dropped, len(records), max_tokens)
+    if not examples:
+        raise ConfigError(f"no example has at most sft.max_tokens = {max_tokens} tokens; raise it")
+    return examples
+
+
+def sft_batch(examples: list[Example]) -> TrainBatch:
+    """Rows [B, T] of NumPy arrays with token-mean weights; the fields only GRPO reads are 0."""
+    rows = rows_of_sequences([e.prompt for e in examples], [e.completion for e in examples])
+    zeros = np.zeros(rows["tokens"].shape, np.float32)
+    unused = dict.fromkeys(("advantages", "old_logprobs", "behaviour_logprobs", "reference_logprobs"), zeros)
+    return TrainBatch(**rows, **unused, weights=token_weights(rows["loss_mask"], "token_mean"))  # type: ignore[arg-type]
+
+
+def sft(config: RunConfig) -> Path:
+    """Fine-tunes the policy of `config` for `sft.steps` steps and writes a Hugging Face folder; returns it."""
+    policy = open_policy(config)
+    settings = config.sft
+    if not config.data.train:
+        raise ConfigError("data.train is empty; give a .parquet or .jsonl file, or task:char_count")
+    records = read_records(config.data.train, seed=config.data.seed, task_records=config.data.task_records)
+    examples = encode_examples(records, policy, settings.max_tokens)
+    needed = settings.steps * settings.batch_size
+    plan = make_plan(len(examples), order="shuffle", seed=config.seed, repeats=max(1, -(-needed // len(examples))))
+    optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    compute = Compute(policy.compute_dtype, config.model.remat)
+    shapes = state_shapes(policy.shapes, optimizer, policy.mesh)
+    state = fresh_state(policy.load_params(config.seed), shapes, optimizer)
+    sharding = microbatch_sharding(policy.mesh)
+    shards = num_row_shards(policy.mesh)
+    started = time.perf_counter()
+    for step in range(1, settings.steps + 1):
+        places = range((step - 1) * settings.batch_size, step * settings.batch_size)
+        batch = sft_batch([examples[plan.record_index(place)] for place in places])
+        each = rows_per_microbatch(batch.tokens.shape[1], config.algorithm.microbatch_tokens, shards)
+        batch = jax.device_put(microbatches(batch, each, shards), sharding)
+        state, metrics = sft_update(state, batch, arch=policy.arch, optimizer=optimizer, compute=compute)
+        if step % max(1, settings.steps // 10) == 0 or step == settings.steps:
+            floats = to_floats(metrics)
+            seconds = time.perf_counter() - started
+            logger.info("sft step %d/%d  loss %.4f  %.1f s", step, settings.steps, floats["sft/loss"], seconds)
+            if int(state.skipped) == int(state.updates):
+                raise FloatingPointError("every update so far had a gradient that is not finite; lower sft.learning_rate")
+    folder = Path(settings.output or Path(config.run_dir) / "sft")
+    policy.export(state.params, folder)
+    logger.info("wrote %s", folder)
+    return folder
