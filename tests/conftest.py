@@ -1,8 +1,23 @@
 """Fixtures every test may use."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
+
+from rljax.config import Architecture, MeshConfig
+from rljax.mesh import make_mesh
+from rljax.models import qwen2
+from rljax.types import PromptRecord, Prompts
+
+TINY = Architecture(
+    hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=64, vocab_size=40,
+    tied_embeddings=True, num_tokens=37,
+)  # fmt: skip
+"""Grouped heads, biases, and three vocabulary rows that are no token."""
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +27,38 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the public data sets in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Architecture:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_params() -> Any:
+    """Random weights, five times the usual spread: a policy far from uniform, biases included."""
+    params = qwen2.init(jax.random.key(0), TINY)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Any:
+    """One device, whatever the process was given."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def make_prompts(lengths: list[int], *, seed: int = 0, slots: int = 0, first_position: int = 0) -> Prompts:
+    """Random prompts of the tiny vocabulary; prompt i depends on (seed, i, its length) only."""
+    slots = slots or max(lengths)
+    tokens = np.zeros((len(lengths), slots), np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = np.random.default_rng([seed, row]).integers(2, 37, length)
+    record = PromptRecord(({"role": "user", "content": "?"},), "exact", "")
+    return Prompts(
+        tokens,
+        np.array(lengths, np.int32),
+        first_position + np.arange(len(lengths), dtype=np.int64),
+        tuple(dataclasses.replace(record, extra_info={"index": i}) for i in range(len(lengths))),
+    )

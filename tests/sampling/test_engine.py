@@ -1,0 +1,147 @@
+"""The sampler draws what the learner scores, and a row's draw depends on nothing around it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_prompts
+
+from rljax.models import qwen2
+from rljax.models.attention import AttentionLayout
+from rljax.rl.logprobs import batch_logprobs
+from rljax.rl.packing import train_batch
+from rljax.sampling.cache import decode_attention
+from rljax.sampling.decode import decode_chunk
+from rljax.sampling.engine import Sampler, bucket
+from rljax.types import LENGTH, STOP
+
+KEY = jax.random.key(42)
+STOPS = (1, 30)
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny, tiny_params, mesh):
+    sampler = Sampler(tiny, mesh, stop_ids=STOPS, chunk_tokens=8)
+    sampler.sync(tiny_params)
+    return sampler
+
+
+def generate(sampler, prompts, samples=4, *, temperature=1.0, cap=40):
+    return sampler.generate(prompts, samples, key=KEY, temperature=temperature, max_completion_tokens=cap)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_behaviour_logprobs_are_the_learners(sampler, tiny, tiny_params, temperature) -> None:
+    rollouts = generate(sampler, make_prompts([5, 16, 1, 9, 12]), temperature=temperature)
+    batch = train_batch(rollouts, np.ones((5, 4)))
+    learner, entropy = batch_logprobs(
+        tiny_params, tiny, batch, temperature=temperature, compute_dtype="float32", remat="none"
+    )
+    assert batch.loss_mask.sum() == rollouts.lengths.sum() > 300
+    np.testing.assert_allclose(learner, batch.behaviour_logprobs, atol=1e-5)
+    assert float(jnp.where(batch.loss_mask, entropy, 1).min()) > 0
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(sampler, tiny, tiny_params) -> None:
+    prompts = make_prompts([6, 11])
+    rollouts = generate(sampler, prompts, 1, temperature=0.0, cap=12)
+    for row in range(2):
+        ids = list(prompts.tokens[row, : prompts.lengths[row]])
+        for token in rollouts.tokens[row, : rollouts.lengths[row]]:
+            tokens = jnp.array([ids])
+            layout = AttentionLayout.right_padded(jnp.array([len(ids)]), len(ids))
+            hidden = qwen2.forward(tiny_params, tiny, tokens, jnp.arange(len(ids))[None], layout)
+            assert int(qwen2.logits(tiny_params, tiny, hidden[0, -1]).argmax()) == token
+            ids.append(int(token))
+
+
+def test_completions_end_with_their_stop_token(sampler) -> None:
+    rollouts = generate(sampler, make_prompts([4] * 8), 8, cap=40)
+    assert set(rollouts.stop_reasons) == {STOP, LENGTH}
+    for tokens, length, reason, logprobs in zip(
+        rollouts.tokens, rollouts.lengths, rollouts.stop_reasons, rollouts.behaviour_logprobs, strict=True
+    ):
+        stops = np.isin(tokens[:length], STOPS)
+        assert not stops[:-1].any()
+        assert stops[-1] == (reason == STOP)
+        assert reason == STOP or length == 40
+        assert not tokens[length:].any() and not logprobs[length:].any()
+        assert (logprobs[:length] < 0).all()
+
+
+def test_vocabulary_padding_is_never_sampled(sampler, tiny, tiny_params, mesh) -> None:
+    favoured = {**tiny_params, "embed": tiny_params["embed"].at[37:].set(50.0)}  # logits of the padding rows explode
+    adversarial = Sampler(tiny, mesh, stop_ids=STOPS, chunk_tokens=8)
+    adversarial.sync(favoured)
+    assert generate(adversarial, make_prompts([4] * 4), 8).tokens.max() < 37
+
+
+def test_a_row_does_not_depend_on_the_rows_around_it(sampler, tiny, tiny_params, mesh) -> None:
+    prompts = make_prompts([5, 16, 3, 9, 12, 7])
+    whole = generate(sampler, prompts)
+    for rows in ([3], [5, 1], [4, 0, 2]):
+        part = dataclasses.replace(
+            prompts,
+            tokens=prompts.tokens[rows],
+            lengths=prompts.lengths[rows],
+            positions=prompts.positions[rows],
+            records=tuple(prompts.records[r] for r in rows),
+        )
+        some = generate(sampler, part)
+        expected = whole.tokens.reshape(6, 4, -1)[rows].reshape(some.tokens.shape)
+        np.testing.assert_array_equal(some.tokens, expected)
+        logprobs = whole.behaviour_logprobs.reshape(6, 4, -1)[rows].reshape(some.tokens.shape)
+        np.testing.assert_allclose(some.behaviour_logprobs, logprobs, atol=1e-5)
+    for chunk in (1, 5, 64):  # nor on how the loop is cut, nor on padding
+        other = Sampler(tiny, mesh, stop_ids=STOPS, chunk_tokens=chunk)
+        other.sync(tiny_params)
+        padded = dataclasses.replace(prompts, tokens=np.pad(prompts.tokens, ((0, 0), (0, 50)), constant_values=1))
+        np.testing.assert_array_equal(generate(other, padded).tokens, whole.tokens)
+
+
+def test_samples_of_a_prompt_differ_and_a_repeat_is_the_same(sampler) -> None:
+    prompts = make_prompts([5, 5], slots=8)
+    first, again = generate(sampler, prompts, 8), generate(sampler, prompts, 8)
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    np.testing.assert_array_equal(first.behaviour_logprobs, again.behaviour_logprobs)
+    assert len({tuple(row) for row in first.tokens}) == 16
+
+
+def test_cap_of_one_token(sampler) -> None:
+    rollouts = generate(sampler, make_prompts([4, 6]), 3, cap=1)
+    assert rollouts.tokens.shape == (6, 1) and (rollouts.lengths == 1).all()
+
+
+def test_unwritten_and_padded_cache_slots_are_not_read() -> None:
+    rng = np.random.default_rng(0)
+    prefix = [jnp.asarray(rng.normal(size=(2, 2, 6, 8)), jnp.float32) for _ in range(2)]
+    suffix = [jnp.asarray(rng.normal(size=(6, 2, 5, 8)), jnp.float32) for _ in range(2)]
+    q = jnp.asarray(rng.normal(size=(6, 4, 8)), jnp.float32)
+    lengths, slot = jnp.array([4, 6]), jnp.int32(2)
+    clean = decode_attention(q, tuple(prefix), lengths, tuple(suffix), slot)
+    dirty_prefix = [x.at[0, :, 4:].set(1e9) for x in prefix]
+    dirty_suffix = [x.at[:, :, 3:].set(1e9) for x in suffix]
+    np.testing.assert_array_equal(clean, decode_attention(q, tuple(dirty_prefix), lengths, tuple(dirty_suffix), slot))
+    # and equals one softmax over prompt and own tokens, row by row
+    for row in range(6):
+        p = row // 3
+        k = jnp.concatenate([prefix[0][p, :, : lengths[p]], suffix[0][row, :, :3]], axis=1)
+        v = jnp.concatenate([prefix[1][p, :, : lengths[p]], suffix[1][row, :, :3]], axis=1)
+        for head in range(4):
+            probs = jax.nn.softmax(k[head // 2] @ q[row, head] / np.sqrt(8))
+            np.testing.assert_allclose(clean[row, head], probs @ v[head // 2], atol=1e-6)
+
+
+def test_programs_are_reused(sampler) -> None:
+    generate(sampler, make_prompts([5, 9, 3], slots=16))
+    before = decode_chunk._cache_size()
+    for seed in range(3):
+        generate(sampler, make_prompts([4 + seed, 12, 2], seed=seed, slots=16), temperature=0.5 + seed)
+    assert decode_chunk._cache_size() == before
+
+
+def test_buckets_are_few_and_never_too_small() -> None:
+    assert all(bucket(n) >= n for n in range(1, 9000))
+    assert len({bucket(n) for n in range(1, 4097)}) == 14
