@@ -44,7 +44,7 @@ def _convert(argv: list[str]) -> None:
             "checkpoints\nDESTINATION  a folder that does not exist yet"
         )
         if argv not in (["--help"], ["-h"]):
-            raise ConfigError(f"rljax convert was given {len(argv)} arguments and takes SOURCE and DESTINATION")
+            raise ConfigError(f"rljax convert was given {len(argv)} arguments and takes 2; give SOURCE and DESTINATION")
         return
     _log_to_stdout()
     from rljax.export import convert
@@ -57,7 +57,7 @@ def _report(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         print("usage: rljax report RUN_DIR\n\n" + (_report.__doc__ or ""))
         if argv not in (["--help"], ["-h"]):
-            raise ConfigError(f"rljax report was given {len(argv)} arguments and takes RUN_DIR")
+            raise ConfigError(f"rljax report was given {len(argv)} arguments and takes 1; give RUN_DIR")
         return
     from rljax.scaling.report import write_report
 

@@ -6,6 +6,7 @@ Checks never change a value: a contradiction is a `ConfigError` that says what w
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +60,7 @@ def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, tied: 
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "tiny": _qwen25(128, 4, 4, 2, 32, 512, 64, True),
+    "tiny": _qwen25(128, 4, 4, 2, 32, 256, 64, True),
     "qwen2.5-0.5b": _qwen25(896, 24, 14, 2, 64, 4864, 151936, True),
     "qwen2.5-1.5b": _qwen25(1536, 28, 12, 2, 128, 8960, 151936, True),
     "qwen2.5-3b": _qwen25(2048, 36, 16, 2, 128, 11008, 151936, True),
@@ -128,7 +129,8 @@ class DataConfig:
     """Training prompts and how often each is used. prompts = unique x repeats = steps x prompts_per_step."""
 
     train: str = ""
-    """.parquet or .jsonl in the verl schema, a saved HF dataset folder, or `task:char_count` / `task:arithmetic`."""
+    """.parquet or .jsonl in the verl schema, a saved HF dataset folder, `hub:OWNER/NAME`, or a task:
+    `task:char_count`, `task:arithmetic`."""
     prompts_per_step: int = 512
     unique: int = 0
     """Unique prompts taken from the file by `subset`; 0: all of them."""
@@ -258,7 +260,8 @@ class CheckpointConfig:
 
     every: int = 10
     """Steps between saves; the last step is always saved. 0: never."""
-    keep: int = 1
+    keep: int = 2
+    """Newest steps kept. The paper kept 1; a second is what a damaged newest one falls back to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,16 +305,48 @@ class RunConfig:
 # ------------------------------------------------------------------------------------------------------------ checks
 
 _AT_LEAST_ONE = (
-    "data.prompts_per_step data.repeats data.max_prompt_tokens data.task_records sampling.max_completion_tokens "
-    "sampling.chunk_tokens reward.workers algorithm.group_size algorithm.updates_per_step algorithm.microbatch_tokens "
-    "sft.batch_size sft.max_tokens evaluation.samples_per_prompt checkpoint.keep"
-).split()
+    "data.prompts_per_step",
+    "data.repeats",
+    "data.max_prompt_tokens",
+    "data.task_records",
+    "sampling.max_completion_tokens",
+    "sampling.chunk_tokens",
+    "reward.workers",
+    "algorithm.group_size",
+    "algorithm.updates_per_step",
+    "algorithm.microbatch_tokens",
+    "sft.batch_size",
+    "sft.max_tokens",
+    "evaluation.samples_per_prompt",
+    "checkpoint.keep",
+)
 _AT_LEAST_ZERO = (
-    "steps data.unique sampling.temperature algorithm.clip_low algorithm.clip_high algorithm.dual_clip "
-    "algorithm.kl_coefficient optimizer.learning_rate optimizer.weight_decay optimizer.max_grad_norm "
-    "optimizer.warmup_updates sft.steps sft.learning_rate evaluation.every evaluation.temperature "
-    "evaluation.max_completion_tokens evaluation.max_prompts evaluation.batch_prompts checkpoint.every logging.rollouts"
-).split()
+    "seed",
+    "steps",
+    "data.unique",
+    "data.seed",
+    "sampling.temperature",
+    "algorithm.advantage_eps",
+    "algorithm.clip_low",
+    "algorithm.clip_high",
+    "algorithm.dual_clip",
+    "algorithm.kl_coefficient",
+    "optimizer.learning_rate",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+    "optimizer.warmup_updates",
+    "sft.steps",
+    "sft.learning_rate",
+    "sft.weight_decay",
+    "evaluation.every",
+    "evaluation.temperature",
+    "evaluation.max_completion_tokens",
+    "evaluation.max_prompts",
+    "evaluation.batch_prompts",
+    "checkpoint.every",
+    "logging.rollouts",
+)
 
 
 def _field(config: Any, dotted: str) -> Any:
@@ -324,10 +359,21 @@ def _check_ranges(config: RunConfig) -> None:
     for bound, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
             value = _field(config, name)
-            if not value >= bound:  # also refuses NaN
-                raise ConfigError(f"{name} = {value} must be at least {bound}; change it in the YAML or with --{name}")
-    if config.reward.timeout_seconds <= 0:
-        raise ConfigError(f"reward.timeout_seconds = {config.reward.timeout_seconds} must be positive")
+            if not bound <= value < math.inf:  # also refuses NaN
+                raise ConfigError(
+                    f"{name} = {value} must be at least {bound} and finite; change it in the YAML or with --{name}"
+                )
+    for name in ("optimizer.b1", "optimizer.b2"):
+        if not 0 <= _field(config, name) < 1:
+            raise ConfigError(
+                f"{name} = {_field(config, name)} must be at least 0 and below 1, the share of the past that a running "
+                f"mean keeps; change it in the YAML or with --{name}"
+            )
+    if not 0 < config.reward.timeout_seconds < math.inf:
+        raise ConfigError(
+            f"reward.timeout_seconds = {config.reward.timeout_seconds} must be positive and finite; change it in the "
+            "YAML or with --reward.timeout_seconds"
+        )
     if config.model.path == "" and config.model.architecture not in ARCHITECTURES:
         raise ConfigError(
             f"model.architecture = {config.model.architecture!r} is not known; choose one of "
@@ -363,7 +409,7 @@ def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig
     YAML keys go through the same parser as flags, so both have one set of rules and one kind of message.
 
     Raises:
-      ConfigError: a file is missing or is not a YAML mapping.
+      ConfigError: a file is missing, is not a YAML mapping, or holds null.
       SystemExit: the parser refused a key or value (it has printed why, with the nearest real name), or `--help`.
     """
     import tyro  # 0.1 s: not paid by who only reads a shape
@@ -372,9 +418,7 @@ def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig
     flags = [a for a in argv if a not in files]
     for file in reversed(files):
         flags = _as_flags(read_yaml(file)) + flags
-    return tyro.cli(
-        RunConfig, args=flags, prog=prog, config=(tyro.conf.FlagConversionOff,), use_underscores=True
-    )
+    return tyro.cli(RunConfig, args=flags, prog=prog, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -383,24 +427,39 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
     path = Path(file)
     if not path.is_file():
-        raise ConfigError(f"config file {file} does not exist; give the path of a YAML file such as configs/quickstart.yaml")
+        raise ConfigError(
+            f"config file {file} does not exist; give the path of a YAML file such as configs/quickstart.yaml"
+        )
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"config file {file} is not YAML: {error}; fix the line it names") from error
+        raise ConfigError(
+            f"config file {file} is not YAML ({' '.join(str(error).split())}); fix the line it names"
+        ) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"config file {file} holds a {type(tree).__name__}; it must be a mapping of section names")
+        raise ConfigError(
+            f"config file {file} holds a {type(tree).__name__}; it must be a mapping: write `section:` and its "
+            "`field: value` lines below"
+        )
     return tree
 
 
 def _as_flags(tree: dict[str, Any], prefix: str = "--") -> list[str]:
-    """{"algorithm": {"group_size": 8}} -> ["--algorithm.group_size", "8"]."""
+    """{"algorithm": {"group_size": 8}} -> ["--algorithm.group_size=8"]; "=" lets a value begin with a dash."""
     flags: list[str] = []
     for key, value in tree.items():
         if isinstance(value, dict):
             flags += _as_flags(value, f"{prefix}{key}.")
+        elif value is None:
+            name = f"{prefix}{key}".removeprefix("--")
+            raise ConfigError(
+                f"{name} = null in a config file, and every field has a value; give one ('' is empty text), or remove "
+                "the line to keep the default"
+            )
+        elif isinstance(value, list):
+            flags += [f"{prefix}{key}", *map(str, value)]
         else:
-            flags += [f"{prefix}{key}", *map(str, value if isinstance(value, list) else [value])]
+            flags.append(f"{prefix}{key}={value}")
     return flags
 
 

@@ -84,7 +84,8 @@ def param_shardings(mesh: Mesh, shapes: Any, axes: Any, rules: Rules) -> Any:
                 fits = [n for n in range(1, mesh.shape[axis] + 1) if size % n == 0]
                 raise ConfigError(
                     f"mesh.{axis} = {mesh.shape[axis]} does not divide {name} = {size} of parameter "
-                    f"{jax.tree_util.keystr(path)} {tuple(leaf.shape)}; the nearest that does is mesh.{axis} = {fits[-1]}"
+                    f"{jax.tree_util.keystr(path)} {tuple(leaf.shape)}; "
+                    f"the nearest that does is mesh.{axis} = {fits[-1]}"
                 )
         return NamedSharding(mesh, PartitionSpec(*spec))
 

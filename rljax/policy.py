@@ -92,7 +92,7 @@ def open_policy(config: RunConfig) -> Policy:
 
 
 def resolve_dtype(compute_dtype: str) -> str:
-    """"auto" is bfloat16 where the hardware multiplies it (TPU, GPU) and float32 on a CPU."""
+    """ "auto" is bfloat16 where the hardware multiplies it (TPU, GPU) and float32 on a CPU."""
     if compute_dtype != "auto":
         return compute_dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"

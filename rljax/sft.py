@@ -18,8 +18,8 @@ from rljax.mesh import microbatch_sharding, num_row_shards
 from rljax.metrics import WeightedMean, to_floats
 from rljax.models.qwen2 import Params
 from rljax.policy import Policy, open_policy
-from rljax.rl.logprobs import batch_logprobs
 from rljax.rl.learner import fresh_state, state_shapes
+from rljax.rl.logprobs import batch_logprobs
 from rljax.rl.packing import microbatches, rows_of_sequences, rows_per_microbatch, token_weights
 from rljax.rl.update import Compute, Metrics, apply_gradients, sum_over_microbatches
 from rljax.types import PromptRecord, TrainBatch, TrainState
@@ -116,7 +116,9 @@ def sft(config: RunConfig) -> Path:
             seconds = time.perf_counter() - started
             logger.info("sft step %d/%d  loss %.4f  %.1f s", step, settings.steps, floats["sft/loss"], seconds)
             if int(state.skipped) == int(state.updates):
-                raise FloatingPointError("every update so far had a gradient that is not finite; lower sft.learning_rate")
+                raise FloatingPointError(
+                    "every update so far had a gradient that is not finite; lower sft.learning_rate"
+                )
     folder = Path(settings.output or Path(config.run_dir) / "sft")
     policy.export(state.params, folder)
     logger.info("wrote %s", folder)

@@ -1,7 +1,7 @@
 """A GRPO run: the loop, and what it needs around it.
 
-One step: prompts -> rollouts -> rewards -> advantages -> rows -> updates -> weight sync -> metrics -> checkpoint. It is a
-function of (state, prompts, seed, step), so a run stopped anywhere and started again goes on to the same bits.
+One step: prompts -> rollouts -> rewards -> advantages -> rows -> updates -> weight sync -> metrics -> checkpoint. It is
+a function of (state, prompts, seed, step), so a run stopped anywhere and started again goes on to the same bits.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.checkpoint import CheckpointStore, require_same_config
-from rljax.config import ConfigError, RunConfig, dump_config
-from rljax.costs import nominal_params, paper_flops
+from rljax.config import ARCHITECTURES, ConfigError, RunConfig, dump_config
+from rljax.costs import paper_flops, scaling_params
 from rljax.data.pipeline import PromptPipeline, open_pipeline
 from rljax.data.records import read_records
 from rljax.data.reuse import steps_for
@@ -108,7 +108,11 @@ def train(config: RunConfig) -> dict[str, float]:
 
 def describe_batch(config: RunConfig, policy: Policy) -> str:
     """Every derived batch number in one line, in completions."""
-    prompts, group, updates = config.data.prompts_per_step, config.algorithm.group_size, config.algorithm.updates_per_step
+    prompts, group, updates = (
+        config.data.prompts_per_step,
+        config.algorithm.group_size,
+        config.algorithm.updates_per_step,
+    )
     shards = num_row_shards(policy.mesh)
     return (
         f"{prompts} prompts x {group} = {prompts * group} completions per step, {updates} updates of "
@@ -262,8 +266,9 @@ def _count(run: Run, tokens: int) -> None:
 
 
 def _size(run: Run) -> float:
-    """N of the paper's fits: the size label of a known Qwen2.5 shape, else the number of parameters."""
-    return nominal_params(run.policy.arch)
+    """N of the scaling fits: the size label where the shape is one of the paper's, else the number of parameters."""
+    shape = dataclasses.replace(run.policy.arch, num_tokens=0)
+    return scaling_params(shape, next((name for name, known in ARCHITECTURES.items() if known == shape), ""))
 
 
 def _evaluate(run: Run, step: int) -> EvaluationResult:

@@ -100,7 +100,9 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = layers(a, name="layers")(x, rope_tables(positions, a.head_dim, a.rope_theta), layout)
-        return rms_norm(x, self.param("final_norm", _initializer("final_norm", ("norm",)), (a.hidden_size,)), a.rms_norm_eps)
+        return rms_norm(
+            x, self.param("final_norm", _initializer("final_norm", ("norm",)), (a.hidden_size,)), a.rms_norm_eps
+        )
 
 
 def _declare(arch: Architecture, key: jax.Array) -> Any:

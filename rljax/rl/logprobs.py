@@ -33,9 +33,7 @@ def batch_logprobs(
     `batch.loss_mask` are 0. Entropies carry no gradient.
     """
     layout = AttentionLayout(batch.group, batch.completion)
-    hidden = forward(
-        params, arch, batch.tokens, batch.positions, layout, compute_dtype=compute_dtype, remat=remat
-    )
+    hidden = forward(params, arch, batch.tokens, batch.positions, layout, compute_dtype=compute_dtype, remat=remat)
     # Token-aligned: what predicts token t is the hidden state at t - 1. Position 0 is never in a loss mask.
     predicting = jnp.roll(hidden, 1, axis=1)
     rows, length, width = hidden.shape

@@ -19,9 +19,7 @@ MAX_KL = 10.0
 """Clamp of the k3 estimate per token (verl `core_algos.py`: 10)."""
 
 
-def clip_loss(
-    ratio: jax.Array, advantages: jax.Array, algorithm: AlgorithmConfig
-) -> tuple[jax.Array, jax.Array]:
+def clip_loss(ratio: jax.Array, advantages: jax.Array, algorithm: AlgorithmConfig) -> tuple[jax.Array, jax.Array]:
     """(loss, clipped) per token: max(-A ratio, -A clip(ratio, 1 - low, 1 + high)), bounded by -A * dual_clip for A < 0.
 
     Source: PPO (arXiv:1707.06347), dual clip (arXiv:1912.09729), as verl's `compute_policy_loss`.

@@ -53,7 +53,7 @@ def apply_gradients(state: TrainState, grads: Params, config: OptimizerConfig) -
     The finite check comes before clipping, which would turn one infinity into zeros everywhere else. Torch's clip:
     scale = min(1, max_norm / (norm + 1e-6)).
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     if config.max_grad_norm > 0:
         scale = jnp.minimum(1.0, config.max_grad_norm / (norm + 1e-6))
@@ -69,7 +69,9 @@ def apply_gradients(state: TrainState, grads: Params, config: OptimizerConfig) -
     return TrainState(params, opt_state, state.updates + 1, state.skipped + skipped), metrics
 
 
-def sum_over_microbatches(function: Callable[[Any], tuple[Params, Metrics]], microbatches: Any) -> tuple[Params, Metrics]:
+def sum_over_microbatches(
+    function: Callable[[Any], tuple[Params, Metrics]], microbatches: Any
+) -> tuple[Params, Metrics]:
     """(gradients added up, metrics merged) of `function` over the leading axis of `microbatches` ([M, ...] leaves)."""
     like, _ = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], microbatches))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)

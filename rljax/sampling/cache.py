@@ -72,7 +72,9 @@ def decode_attention(
     prefix_scores = jnp.einsum(
         "pckgh,pksh->pckgs", shared, prefix_k, precision=precision, preferred_element_type=jnp.float32
     ).reshape(rows, kv_heads, per_kv, prompt_slots)
-    suffix_scores = jnp.einsum("bkgh,bkrh->bkgr", own, suffix_k, precision=precision, preferred_element_type=jnp.float32)
+    suffix_scores = jnp.einsum(
+        "bkgh,bkrh->bkgr", own, suffix_k, precision=precision, preferred_element_type=jnp.float32
+    )
 
     in_prompt = jnp.arange(prompt_slots) < jnp.repeat(prefix_lengths, samples)[:, None]
     written = jnp.arange(suffix_k.shape[2]) <= slot

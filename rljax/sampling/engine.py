@@ -1,8 +1,8 @@
 """The sampler: prompts in, rollouts out. One wave, decoded in chunks.
 
-    sampler = Sampler(arch, mesh, stop_ids=tokenizer.stop_ids)
-    sampler.sync(params)                                # learner layout -> sampler layout, after every update
-    rollouts = sampler.generate(prompts, 8, key=key, temperature=1.0, max_completion_tokens=512)
+sampler = Sampler(arch, mesh, stop_ids=tokenizer.stop_ids)
+sampler.sync(params)                                # learner layout -> sampler layout, after every update
+rollouts = sampler.generate(prompts, 8, key=key, temperature=1.0, max_completion_tokens=512)
 """
 
 from collections.abc import Sequence
@@ -42,9 +42,7 @@ class Sampler:
         self.arch, self.mesh, self.chunk_tokens = arch, mesh, chunk_tokens
         self._stop_ids = jnp.asarray(stop_ids, jnp.int32)
         self._params: qwen2.Params | None = None
-        shapes = jax.eval_shape(
-            lambda p: qwen2.sampler_params(p, arch, compute_dtype), qwen2.param_shapes(arch)
-        )
+        shapes = jax.eval_shape(lambda p: qwen2.sampler_params(p, arch, compute_dtype), qwen2.param_shapes(arch))
         shardings = param_shardings(mesh, shapes, qwen2.sampler_param_axes(arch), SAMPLER_RULES)
         self._to_sampler = jax.jit(
             lambda params: qwen2.sampler_params(params, arch, compute_dtype), out_shardings=shardings
@@ -103,9 +101,7 @@ class Sampler:
             slots=1 + num_chunks * chunk,
         )
         for _ in range(num_chunks):
-            state, live = decode_chunk(
-                self._params, prefix, state, settings, arch=self.arch, chunk_tokens=chunk
-            )
+            state, live = decode_chunk(self._params, prefix, state, settings, arch=self.arch, chunk_tokens=chunk)
             if int(live) == 0:
                 break
         drawn, logprobs, lengths, stopped = jax.device_get((state.tokens, state.logprobs, state.lengths, state.stopped))

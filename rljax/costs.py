@@ -1,0 +1,140 @@
+"""What a model costs by arithmetic alone: parameters, FLOPs, bytes. No JAX, no measurement.
+
+Letters as in `config.Architecture`: L layers, D hidden_size, N query heads, K key-value heads, H head_dim, F mlp_size,
+V vocab_size. A multiply-add counts 2 FLOPs; norms, rotary embeddings, softmax and the embedding gather count nothing.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rljax.config import NOMINAL_PARAMS, Architecture
+
+BYTES = {"float32": 4, "bfloat16": 2}
+"""Per parameter or cache entry."""
+
+TRAIN_STATE_BYTES_PER_PARAM = 12
+"""float32 master, first and second moment: what is held between updates. Gradients add 4 during one."""
+
+# --------------------------------------------------------------------------------------------------------- parameters
+
+
+def matmul_params(arch: Architecture) -> int:
+    """Weights of the layers' matmuls, head excluded: L (D N H + 2 D K H + N H D + 3 D F)."""
+    attention = 2 * arch.num_heads + 2 * arch.num_kv_heads
+    return arch.num_layers * arch.hidden_size * (attention * arch.head_dim + 3 * arch.mlp_size)
+
+
+def head_params(arch: Architecture) -> int:
+    """D V: the output projection, also when it is the embedding table."""
+    return arch.hidden_size * arch.vocab_size
+
+
+def num_non_embedding_params(arch: Architecture) -> int:
+    """Everything but embedding table and head.
+
+    matmul_params + L (2 D + (N + 2 K) H if qkv_bias + 2 H if qk_norm) + D: norms, biases, query-key norms, final norm.
+    """
+    per_layer = 2 * arch.hidden_size
+    per_layer += arch.qkv_bias * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+    per_layer += arch.qk_norm * 2 * arch.head_dim
+    return matmul_params(arch) + arch.num_layers * per_layer + arch.hidden_size
+
+
+def num_params(arch: Architecture) -> int:
+    """All parameters; a tied table counts once."""
+    return num_non_embedding_params(arch) + head_params(arch) * (1 if arch.tied_embeddings else 2)
+
+
+def scaling_params(arch: Architecture, name: str) -> float:
+    """The N of the scaling fits: the nominal size where `name` is one of the paper's models, else the true count."""
+    return NOMINAL_PARAMS.get(name, float(num_params(arch)))
+
+
+# -------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def causal_context_sum(lengths: Sequence[int] | np.ndarray) -> int:
+    """Keys attended by all tokens of causal sequences of these lengths: the sum of l (l + 1) / 2."""
+    lengths = np.asarray(lengths, np.int64)
+    return int(np.sum(lengths * (lengths + 1) // 2))
+
+
+def forward_flops(arch: Architecture, tokens: int, context_sum: int, logit_tokens: int) -> int:
+    """2 matmul_params tokens + 4 L N H context_sum + 2 D V logit_tokens.
+
+    Args:
+      tokens: tokens through the layers.
+      context_sum: keys attended, summed over those tokens (`causal_context_sum`); each costs 2 N H for the score and
+        2 N H for the value.
+      logit_tokens: tokens of which logits are taken.
+    """
+    attention = 4 * arch.num_layers * arch.num_heads * arch.head_dim * context_sum
+    return 2 * matmul_params(arch) * tokens + attention + 2 * head_params(arch) * logit_tokens
+
+
+def generation_flops(arch: Architecture, prompt_lengths: np.ndarray, completion_lengths: np.ndarray) -> int:
+    """Forward FLOPs of sampling: each prompt is prefilled once, then shared by its completions.
+
+    The first token of a completion is drawn from the prompt's last position (one row of logits for the group) and its
+    last token is never fed back: a completion of c tokens feeds c - 1, the k-th attending to p + k keys, each with its
+    logits.
+
+    Args:
+      prompt_lengths: [P].
+      completion_lengths: [P, G], or [P * G] grouped by prompt; at least 1 each.
+    """
+    prompts = np.asarray(prompt_lengths, np.int64)
+    fed = np.asarray(completion_lengths, np.int64).reshape(len(prompts), -1) - 1
+    context = causal_context_sum(prompts) + int(np.sum(fed * prompts[:, None])) + causal_context_sum(fed)
+    tokens = int(prompts.sum() + fed.sum())
+    return forward_flops(arch, tokens, context, logit_tokens=int(fed.sum()) + len(prompts))
+
+
+def update_flops(arch: Architecture, tokens: int, context_sum: int, logit_tokens: int, *, remat: str = "none") -> int:
+    """Forward and backward: 3 forward, plus the layers' forward once more where remat is "full".
+
+    "none" and "dots" keep the results of the matmuls and recompute none. Model FLOPs, the numerator of MFU, are those
+    of "none" whatever was recomputed.
+    """
+    again = forward_flops(arch, tokens, context_sum, 0) if remat == "full" else 0
+    return 3 * forward_flops(arch, tokens, context_sum, logit_tokens) + again
+
+
+def paper_flops(scaling_params: float, tokens: float) -> float:
+    """6 N tokens, the compute axis C of arXiv 2509.25300.
+
+    Args:
+      scaling_params: N, of the function of this name.
+      tokens: prompt tokens, once per completion, and completion tokens. Sampling, rescoring and evaluation are not
+        counted.
+    """
+    return 6.0 * scaling_params * tokens
+
+
+# -------------------------------------------------------------------------------------------------------------- bytes
+
+
+def weight_bytes(arch: Architecture, dtype: str) -> int:
+    """Held by one copy of the parameters."""
+    return num_params(arch) * BYTES[dtype]
+
+
+def kv_bytes_per_token(arch: Architecture, dtype: str) -> int:
+    """2 L K H entries: a key and a value per layer and key-value head."""
+    return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * BYTES[dtype]
+
+
+def decode_step_bytes(arch: Architecture, rows: int, context_sum: int, dtype: str) -> int:
+    """Bytes one decode step must move: the floor of its time is this over the memory bandwidth.
+
+    Every matmul weight and the head once, the cache of every token attended, and rows x V float32 logits in three
+    passes (written, read for the maximum, read for the sum). An untied embedding table is gathered, not read.
+
+    Args:
+      rows: live rows.
+      context_sum: cached tokens attended, summed over the rows; a prompt that rows share and that is read once counts
+        once.
+    """
+    weights = (matmul_params(arch) + head_params(arch)) * BYTES[dtype]
+    return weights + context_sum * kv_bytes_per_token(arch, dtype) + 3 * 4 * rows * arch.vocab_size

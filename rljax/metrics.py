@@ -1,0 +1,434 @@
+"""Numbers of a run: how they merge, and where they go.
+
+A metric's type says how it merges (`WeightedMean`, `Sum`, `Max`, `Min`), never its name. Names are
+`area/quantity_unit`: `reward/mean`, `time/sample_seconds`. `metrics.jsonl`, `curves.csv` and `rollouts/` are always
+written, by process 0; TensorBoard and W&B are extras that can fail without stopping the run.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from rich import progress as rich_progress
+from rich.console import Console
+
+logger = logging.getLogger(__name__)
+
+Scalar = jax.Array | np.ndarray | float
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightedMean:
+    """A mean kept as its two sums, so that it merges exactly: [1, 3] and [5] give 3, not 3.5."""
+
+    total: Scalar
+    """Sum of weight x value."""
+    weight: Scalar
+
+    def __add__(self, other: "WeightedMean") -> "WeightedMean":
+        return WeightedMean(self.total + other.total, self.weight + other.weight)
+
+    def value(self) -> float:
+        """total / weight, on the host; 0.0 when nothing was counted (weight 0), so that an empty part is no NaN."""
+        return float(self.total) / float(self.weight) if float(self.weight) else 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """A count or a total."""
+
+    amount: Scalar
+
+    def __add__(self, other: "Sum") -> "Sum":
+        return Sum(self.amount + other.amount)
+
+    def value(self) -> float:
+        return float(self.amount)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Max:
+    """The largest; a NaN anywhere stays NaN."""
+
+    amount: Scalar
+
+    def __add__(self, other: "Max") -> "Max":
+        return Max(_library(self.amount, other.amount).maximum(self.amount, other.amount))
+
+    def value(self) -> float:
+        return float(self.amount)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Min:
+    """The smallest; a NaN anywhere stays NaN."""
+
+    amount: Scalar
+
+    def __add__(self, other: "Min") -> "Min":
+        return Min(_library(self.amount, other.amount).minimum(self.amount, other.amount))
+
+    def value(self) -> float:
+        return float(self.amount)
+
+
+Metric = WeightedMean | Sum | Max | Min
+
+
+def _library(*amounts: Scalar) -> Any:
+    """jax.numpy if any amount lives on a device or is traced, else numpy: host numbers stay on the host."""
+    return jax.numpy if any(isinstance(a, jax.Array) for a in amounts) else np
+
+
+def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Every metric of both; one named in both is merged by its type. Works under jit."""
+    merged = dict(a)
+    for name, metric in b.items():
+        if name in merged:
+            assert type(merged[name]) is type(metric), (
+                f"{name} is a {type(merged[name])} here and a {type(metric)} there"
+            )
+            metric = merged[name] + metric  # pyright: ignore[reportOperatorIssue]
+        merged[name] = metric
+    return merged
+
+
+def merge_stacked(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """One metric from each whose leaves are stacked on a leading axis, as a `scan` returns them."""
+
+    def reduce(metric: Metric) -> Metric:
+        match metric:
+            case Max(amounts):
+                return Max(jax.numpy.max(amounts, axis=0))
+            case Min(amounts):
+                return Min(jax.numpy.min(amounts, axis=0))
+            case _:
+                return jax.tree.map(lambda leaf: jax.numpy.sum(leaf, axis=0), metric)
+
+    return {name: reduce(metric) for name, metric in metrics.items()}
+
+
+def to_floats(metrics: Mapping[str, Metric | Scalar]) -> dict[str, float]:
+    """Values as Python floats, in one transfer from the device; plain numbers pass."""
+    fetched = jax.device_get(dict(metrics))
+    return {name: m.value() if isinstance(m, Metric) else float(m) for name, m in fetched.items()}
+
+
+class PhaseTimer:
+    """Seconds spent in each phase of a step.
+
+    `with timer("sample"): ...` adds to `time/sample_seconds`. JAX returns before the device has finished: block on the
+    result inside the phase, or its time lands in the next one.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            name = f"time/{phase}_seconds"
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """`{"time/PHASE_seconds": seconds}` since the last call; starts over."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+@dataclasses.dataclass(frozen=True)
+class CurveRow:
+    """One evaluation: a line of `curves.csv`, the table the scaling fits read."""
+
+    run: str
+    source: str
+    """Where the row comes from: `rljax`, or the name of an imported table."""
+    num_params: float
+    step: int
+    samples: int
+    """Prompts consumed so far."""
+    flops: float
+    """Training compute so far."""
+    tokens: float
+    test_loss: float
+    """1 - pass@1."""
+    unique: int | None = None
+    repeats: int | None = None
+    group_size: int | None = None
+    eval: str | None = None
+    """Which held-out set."""
+    seed: int | None = None
+
+
+CURVE_COLUMNS = tuple(field.name for field in dataclasses.fields(CurveRow))
+
+
+class _Extra(Protocol):
+    """A sink that may fail."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricSink:
+    """Writes a run folder's `metrics.jsonl`, `curves.csv` and `rollouts/`; on processes other than 0, nothing.
+
+    Args:
+      run_dir: folder of the run, made if absent.
+      tensorboard: also write TensorBoard events to `run_dir/tensorboard`.
+      wandb_project: also log to this W&B project; empty: off.
+      resume_step: the last step whose results are kept: what a killed run wrote beyond its checkpoint is cut off, or
+        the curves would show those steps twice. None: a fresh start, everything is cut off.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        tensorboard: bool = False,
+        wandb_project: str = "",
+        resume_step: int | None = None,
+    ) -> None:
+        self._folder = Path(run_dir)
+        self._writes = jax.process_index() == 0
+        self._last_step = -1 if resume_step is None else resume_step
+        self._extras: dict[str, _Extra] = {}
+        if not self._writes:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        keep = -1 if resume_step is None else resume_step
+        _truncate_jsonl(self._folder / "metrics.jsonl", keep)
+        _truncate_csv(self._folder / "curves.csv", keep)
+        for file in (self._folder / "rollouts").glob("step_*.jsonl"):
+            if int(file.stem.removeprefix("step_")) > keep:
+                file.unlink()
+        # buffering=1: every line reaches the operating system at once, so a killed run keeps it.
+        self._metrics = (self._folder / "metrics.jsonl").open("a", buffering=1)
+        if tensorboard:
+            self._try("TensorBoard", lambda: _TensorBoard(self._folder / "tensorboard", keep + 1))
+        if wandb_project:
+            self._try("W&B", lambda: _WandB(self._folder, wandb_project))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One JSON object: the step and its metrics. A value that is not finite is null, JSON has no NaN."""
+        if not self._writes:
+            return
+        assert step > self._last_step, f"step {step} logged after step {self._last_step}; one object per step, in order"
+        self._last_step = step
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
+        self._metrics.write(json.dumps(row) + "\n")
+        for name, extra in list(self._extras.items()):
+            self._try(name, lambda extra=extra: extra.log(step, metrics))
+
+    def write_curve(self, row: CurveRow) -> None:
+        """Appends one evaluation to `curves.csv`."""
+        if not self._writes:
+            return
+        file = self._folder / "curves.csv"
+        is_new = not file.exists()
+        with file.open("a", newline="") as out:
+            writer = csv.DictWriter(out, CURVE_COLUMNS, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(dataclasses.asdict(row))
+
+    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Completions of a step for reading: `rollouts/step_000012.jsonl`, one JSON object per row."""
+        if not self._writes:
+            return
+        file = self._folder / "rollouts" / f"step_{step:06d}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        # A lone surrogate has no UTF-8; backslashreplace writes it as the JSON escape of itself.
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    def close(self) -> None:
+        if not self._writes:
+            return
+        self._metrics.close()
+        for name, extra in list(self._extras.items()):
+            self._try(name, extra.close)
+        self._extras.clear()
+
+    def _try(self, name: str, action: Callable[[], "_Extra | None"]) -> None:
+        """Opens, feeds or closes an extra sink; the first failure is logged and the sink dropped."""
+        try:
+            opened = action()
+        except Exception as error:
+            self._extras.pop(name, None)
+            logger.warning("%s is off from here: %s: %s. The run goes on.", name, type(error).__name__, error)
+        else:
+            if opened is not None:
+                self._extras[name] = opened
+
+
+def _replace(file: Path, text: str) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8", newline="")
+    os.replace(partial, file)
+
+
+def _truncate_jsonl(file: Path, last_step: int) -> None:
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= last_step
+        except ValueError:  # the line a killed process was writing
+            keep = False
+        if keep:
+            kept.append(line + "\n")
+    _replace(file, "".join(kept))
+
+
+def _truncate_csv(file: Path, last_step: int) -> None:
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = csv.DictReader(lines)
+    assert rows.fieldnames is None or tuple(rows.fieldnames) == CURVE_COLUMNS, f"{file} has columns {rows.fieldnames}"
+    out = [",".join(CURVE_COLUMNS) + "\n"]
+    for line, row in zip(lines[1:], rows, strict=False):  # strict=False: a torn last line ends both
+        if line.endswith("\n") and int(row["step"]) <= last_step:
+            out.append(line)
+    _replace(file, "".join(out))
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        from tensorboardX import SummaryWriter  # 0.2 s, paid only when asked for
+
+        # purge_step hides what a killed run wrote at or after it.
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, folder: Path, project: str) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]  # the `wandb` extra
+
+        # The id is kept in the folder, so that a resumed run goes on in the same W&B run.
+        id_file = folder / "wandb_run_id.txt"
+        run_id = id_file.read_text() if id_file.exists() else f"{folder.name}-{time.time_ns():x}"
+        self._run = wandb.init(project=project, name=folder.name, id=run_id, resume="allow", dir=str(folder))
+        id_file.write_text(run_id)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------- terminal
+
+_LINE = (
+    ("reward", "reward/mean", "{:.3f}"),
+    ("pass@1", "eval/pass@1", "{:.3f}"),
+    ("loss", "policy/loss", "{:.4f}"),
+    ("kl", "policy/reference_kl", "{:.5f}"),
+    ("entropy", "policy/entropy", "{:.3f}"),
+    ("gap", "policy/behaviour_gap_mean", "{:.5f}"),
+    ("tokens", "completion/length_tokens", "{:.0f}"),
+    ("tokens/s", "throughput/sampled_tokens_per_second", "{:,.0f}"),
+)
+"""What a step's line shows: word, metric, format."""
+
+
+def step_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
+    """One line for people; what was not measured is left out.
+
+    `step 12/200  reward 0.412  loss 0.0012  tokens/s 3,100  8.2 s (sample 5.1, update 2.9)`
+    """
+    parts = [f"step {step}/{num_steps}"]
+    parts += [f"{word} {form.format(metrics[name])}" for word, name, form in _LINE if name in metrics]
+    phases = {n[5:-8]: s for n, s in metrics.items() if n.startswith("time/") and n.endswith("_seconds")}
+    total = phases.pop("step", sum(phases.values()))
+    if total:
+        shown = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items() if seconds >= 0.05)
+        parts.append(f"{total:.1f} s" + (f" ({shown})" if shown else ""))
+    return "  ".join(parts)
+
+
+class Progress:
+    """One line per step for people; process 0 only.
+
+    On a terminal the lines scroll above a live bar with the step, the newest reward and pass@1, tokens/s and the time
+    left. Elsewhere (a file, a pod's log) the same lines go through `logging`, free of escape codes. A context manager.
+    """
+
+    def __init__(self, num_steps: int, *, first_step: int = 0, console: Console | None = None) -> None:
+        self._num_steps = num_steps
+        self._shown: dict[str, float] = {}
+        self._bar = None
+        console = Console(file=sys.stdout) if console is None else console
+        if console.is_terminal and jax.process_index() == 0:
+            self._bar = rich_progress.Progress(
+                rich_progress.TextColumn("step"),
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.BarColumn(bar_width=None),
+                rich_progress.TextColumn("{task.fields[newest]}", markup=False),
+                rich_progress.TimeElapsedColumn(),
+                rich_progress.TextColumn("left"),
+                rich_progress.TimeRemainingColumn(),
+                console=console,
+                expand=True,
+                speed_estimate_period=3600,  # steps take minutes: the default of 30 s forgets every one of them
+            )
+            self._task = self._bar.add_task("train", total=num_steps, completed=first_step, newest="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows that `step` of the run is done."""
+        if jax.process_index() != 0:
+            return
+        line = step_line(step, self._num_steps, metrics)
+        if self._bar is None:
+            logger.info(line)
+            return
+        on_bar = [part for part in _LINE if part[0] in ("reward", "pass@1", "tokens/s")]
+        self._shown |= {name: metrics[name] for _, name, _ in on_bar if name in metrics}
+        newest = "  ".join(
+            f"{word} {form.format(self._shown[name])}" for word, name, form in on_bar if name in self._shown
+        )
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._bar.update(self._task, completed=step, newest=newest)

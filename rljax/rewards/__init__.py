@@ -1,0 +1,1 @@
+"""Verifiers, one file each, and the pool of killable workers that runs them."""

@@ -1,0 +1,39 @@
+"""What verifiers share: where in a completion the answer stands, and how to decline to judge one."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+Verifier = Callable[[str, str, dict[str, Any]], float]
+"""score(response, ground_truth, extra_info) -> reward in [0, 1]. Pure; runs in a worker process."""
+
+
+class Undecidable(Exception):
+    """There is an answer, but whether it is right cannot be told, or only at a risk that is not taken.
+
+    The pool scores it 0 and counts it as `unparseable`, apart from answers known to be wrong.
+    """
+
+
+_BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last `\boxed{...}` whose braces balance, stripped; None when there is none.
+
+    Escaped braces do not count. One pass: a completion of a million open boxes costs no more than any other.
+    """
+    opened: list[tuple[int, bool]] = []  # where the content of each open brace starts, and whether it is a box
+    best = (-1, -1)
+    for token in _BOX_TOKENS.finditer(text):
+        symbol = token.group()
+        if symbol == "}":
+            if opened:
+                start, is_box = opened.pop()
+                if is_box and start > best[0]:
+                    best = (start, token.start())
+        elif symbol == "{":
+            opened.append((token.end(), False))
+        elif symbol.endswith("{") and len(symbol) > 2:
+            opened.append((token.end(), True))
+    return None if best[0] < 0 else text[slice(*best)].strip()

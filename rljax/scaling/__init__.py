@@ -1,0 +1,1 @@
+"""From run folders to figures, fits and reports. Reads files, never live arrays."""

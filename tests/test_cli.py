@@ -1,0 +1,546 @@
+"""The command as a user meets it: input that cannot be used is answered in one paragraph and exit code 64; a run of
+minimal size goes from warm start to exported folder, and stopped and resumed gives the bits of one unbroken."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from rljax.checkpoint import CheckpointStore
+from rljax.cli import COMMANDS, USAGE_ERROR, main
+from rljax.config import RunConfig, parse_config
+from rljax.data.tasks import TASKS
+from rljax.models import hf
+from rljax.policy import open_policy
+from rljax.rl.learner import state_shapes
+from rljax.tokenizer import character_tokenizer
+
+SETTINGS: dict[str, Any] = {
+    "model": {"architecture": "tiny", "remat": "none"},
+    "data": {
+        "train": "task:char_count",
+        "prompts_per_step": 4,
+        "unique": 12,
+        "repeats": 2,
+        "order": "shuffle",
+        "max_prompt_tokens": 16,
+        "task_records": 16,
+    },
+    "sampling": {"max_completion_tokens": 8, "chunk_tokens": 7},
+    "reward": {"workers": 1},
+    "algorithm": {"group_size": 2, "updates_per_step": 2, "kl_coefficient": 0.01, "microbatch_tokens": 512},
+    "optimizer": {"learning_rate": "1e-3"},
+    "evaluation": {"data": "task:char_count", "max_prompts": 4, "samples_per_prompt": 2, "temperature": 1.0},
+    "checkpoint": {"every": 2},
+    "sft": {"steps": 20, "batch_size": 8, "learning_rate": "5e-3"},
+    "logging": {"rollouts": 8},
+}
+"""Seconds a run. Old log-probs are the learner's, a reference model is kept, and 3 steps are an epoch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A folder with what the tests share."""
+
+    root: Path
+    config: str
+    """YAML file of `SETTINGS`, starting from `start`."""
+    tokenizer: str
+    start: Path
+    """Hugging Face folder of the warm start."""
+
+    def train(self, *flags: str) -> list[str]:
+        return ["train", self.config, *flags]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The config, a tokenizer, and a model that `rljax sft` taught to answer with "=1" or "=2", so rewards differ."""
+    root = tmp_path_factory.mktemp("cli")
+    tokenizer = character_tokenizer(TASKS["char_count"].alphabet)
+    tokenizer.save(root / "tokenizer")
+    place = Place(root, str(root / "run.yaml"), str(root / "tokenizer"), root / "start")
+    Path(place.config).write_text(yaml.safe_dump(SETTINGS | {"model": {"path": str(place.start), "remat": "none"}}))
+    (root / "from_scratch.yaml").write_text(yaml.safe_dump(SETTINGS))
+    rows = [{"prompt": "a:bcda", "answer": str(n), "solution": f"={n}", "data_source": "char_count"} for n in (1, 2)]
+    (root / "drill.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [str(root / "from_scratch.yaml"), "--data.train", str(root / "drill.jsonl")]
+    given += ["--model.tokenizer", place.tokenizer, "--sft.output", str(place.start)]
+    assert main(["sft", *given]) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def unbroken(place: Place) -> Path:
+    """A run of four steps."""
+    folder = place.root / "unbroken"
+    assert main(place.train("--run_dir", str(folder), "--steps", "4")) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(place: Place) -> Path:
+    """The same run, two steps of it."""
+    folder = place.root / "stopped"
+    assert main(place.train("--run_dir", str(folder), "--steps", "2")) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(place: Place, stopped: Path) -> Path:
+    """A copy of the stopped run, continued to four steps."""
+    folder = place.root / "resumed"
+    shutil.copytree(stopped, folder)
+    assert main(place.train("--run_dir", str(folder), "--steps", "4")) == 0
+    return folder
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must be refused and gives the one paragraph it says, on one line.
+
+    `parser`: the flag parser found it out; it draws a box around what it says.
+    """
+
+    def run(*argv: str, parser: bool = False) -> str:
+        capsys.readouterr()
+        assert main(argv) == USAGE_ERROR == 64
+        said = capsys.readouterr().err.strip()
+        assert "Traceback" not in said
+        if parser:
+            assert said.count("╭") == said.count("╰") == 1, said
+            said = re.sub("[╭╰│─╮╯]+", " ", said)
+        else:
+            assert said.startswith("error: ") and "\n" not in said, said
+        return " ".join(said.split())
+
+    return run
+
+
+def command(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "rljax.cli", *argv],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- commands and help
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr()
+    assert not said.err and all(f"rljax {name} " in said.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["train", "sft"])
+def test_help_lists_every_field(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    said = capsys.readouterr().out
+    for section in dataclasses.fields(RunConfig):
+        value = getattr(RunConfig(), section.name)
+        names = [section.name]
+        if dataclasses.is_dataclass(value):
+            names = [f"{section.name}.{field.name}" for field in dataclasses.fields(value)]
+        missing = [flag for flag in names if f"--{flag}" not in said]
+        assert not missing
+
+
+@pytest.mark.parametrize("name", ["convert", "report"])
+def test_help_of_the_others(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"usage: rljax {name} ") and not said.err
+
+
+def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 64
+    assert "usage: rljax COMMAND" in capsys.readouterr().out
+
+
+def test_an_unknown_command(refused: Refused) -> None:
+    said = refused("trian")
+    assert "no command 'trian'" in said and "perhaps you meant train" in said and ", ".join(COMMANDS) in said
+    assert "perhaps" not in refused("zzz")
+
+
+def test_a_refusal_leaves_the_process_with_64() -> None:
+    done = command("train", "absent.yaml")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr.startswith("error: config file absent.yaml does not exist; give the path")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_leaves_the_process_with_0() -> None:
+    done = command("--help")
+    assert done.returncode == 0 and not done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ config files, flags
+
+
+def test_a_missing_config(refused: Refused) -> None:
+    said = refused("train", "absent.yaml")
+    assert "absent.yaml does not exist" in said and "give the path of a YAML file" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- model\n- data\n", ["holds a list", "must be a mapping", "write `section:`"]),
+        ("data: [1\nx: {\n", ["is not YAML", "line 2", "fix the line"]),
+        ("data:\n", ["data = null", "every field has a value", "remove the line"]),
+    ],
+)
+def test_a_config_that_is_no_mapping(tmp_path: Path, refused: Refused, text: str, words: list[str]) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    said = refused("train", str(tmp_path / "bad.yaml"))
+    assert all(word in said for word in words), said
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "typo.yaml").write_text("algorithm:\n  group_sise: 4\n")
+    for given in ([str(tmp_path / "typo.yaml")], ["--algorithm.group_sise", "4"]):
+        said = refused("train", *given, parser=True)
+        assert "Unrecognized options: --algorithm.group_sise" in said
+        assert "Perhaps you meant: --algorithm.group_size INT" in said
+
+
+def test_a_word_that_is_no_choice(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "choice.yaml").write_text("data: {order: random}\n")
+    said = refused("train", str(tmp_path / "choice.yaml"), parser=True)
+    assert "invalid choice 'random' for argument '--data.order'" in said
+    assert "('file', 'curriculum', 'shuffle')" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--algorithm.group_size", "1"], ["group_size = 1", "standard deviation", "use a group of at least 2"]),
+        (
+            ["--data.prompts_per_step", "9"],
+            ["data.prompts_per_step = 9", "algorithm.updates_per_step = 4", "make it a multiple"],
+        ),
+        (["--sampling.temperature", "0"], ["temperature = 0 samples greedily", "use a positive temperature"]),
+        (["--optimizer.learning_rate", "nan"], ["learning_rate = nan", "at least 0", "--optimizer.learning_rate"]),
+        (["--model.architecture", "qwen9"], ["'qwen9' is not known", "choose one of tiny", "or give model.path"]),
+        (["--steps", "many"], ["--steps", "'many'"]),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if value[0].startswith("--") else "",
+)
+def test_values_that_cannot_be_meant(refused: Refused, flags: list[str], words: list[str]) -> None:
+    said = refused("train", *flags, parser=True)
+    assert all(word in said for word in words), said
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture
+def from_scratch(place: Place, refused: Refused) -> Refused:
+    """Refuses `rljax train` of random weights with the saved tokenizer and the flags given."""
+
+    def run(*flags: str) -> str:
+        config = str(place.root / "from_scratch.yaml")
+        run_dir = place.root / "refused"
+        said = refused("train", config, "--run_dir", str(run_dir), "--model.tokenizer", place.tokenizer, *flags)
+        assert not run_dir.exists()  # a refusal leaves nothing behind
+        return said
+
+    return run
+
+
+def test_a_missing_data_file(from_scratch: Refused) -> None:
+    said = from_scratch("--data.train", "absent.jsonl")
+    assert "data file 'absent.jsonl' does not exist" in said and "give the path of an existing .jsonl file" in said
+
+
+def test_no_data(from_scratch: Refused) -> None:
+    said = from_scratch("--data.train", "")
+    assert "data.train is empty" in said and "give a .parquet or .jsonl file" in said
+
+
+def test_a_kind_of_file_that_is_not_read(from_scratch: Refused) -> None:
+    said = from_scratch("--data.train", "rows.csv")
+    assert "'rows.csv' is not a kind of file that is read" in said and ".parquet or .jsonl" in said
+
+
+def test_an_unknown_task(place: Place, refused: Refused, from_scratch: Refused) -> None:
+    without_tokenizer = refused("train", str(place.root / "from_scratch.yaml"), "--data.train", "task:chess")
+    for said in (from_scratch("--data.train", "task:chess"), without_tokenizer):
+        assert "'task:chess'" in said and "task:char_count, task:arithmetic" in said
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_wrong_column(tmp_path: Path, from_scratch: Refused, kind: str) -> None:
+    rows = [{"prompt": "a:ab", "ground_truth": "1"}, {"prompt": "a:b", "reply": "0"}]
+    file = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.table({"text": ["a:ab", "a:b"], "ground_truth": ["1", "0"]}), file)
+    said = from_scratch("--data.train", str(file))
+    if kind == "jsonl":
+        assert 'rows.jsonl:2: missing the ground truth; found "prompt", "reply"' in said
+    else:
+        assert 'rows.parquet row 0: missing "prompt"; found "text", "ground_truth"' in said
+    assert 'a record needs "prompt"' in said and "rename or add the column" in said
+
+
+def test_a_prompt_over_the_cap(from_scratch: Refused) -> None:
+    said = from_scratch("--data.max_prompt_tokens", "9", "--data.overlong", "error")
+    assert re.search(r"\d+ of 16 prompts are longer than data\.max_prompt_tokens = 9: record \d+ has \d+ tokens", said)
+    assert "raise data.max_prompt_tokens, or set data.overlong = drop" in said
+
+
+def test_more_steps_than_prompts(from_scratch: Refused) -> None:
+    said = from_scratch("--steps", "7")
+    assert "steps = 7 x data.prompts_per_step = 4 take 28 prompts" in said
+    assert "data.unique = 12 x data.repeats = 2 give 24" in said and "set data.repeats to at least 3" in said
+
+
+def test_more_unique_prompts_than_records(from_scratch: Refused) -> None:
+    said = from_scratch("--data.unique", "17")
+    assert "data.unique = 17" in said and "16 records" in said and "use at most 16" in said
+
+
+# ------------------------------------------------------------------------------------------------------ mesh, weights
+
+
+def test_a_mesh_of_more_devices_than_there_are(from_scratch: Refused) -> None:
+    said = from_scratch("--mesh.data", "3")
+    assert "mesh.data = 3" in said and "must divide 1, the number of devices here" in said and "change one" in said
+
+
+def test_a_mesh_that_does_not_divide_the_heads(place: Place) -> None:
+    done = command(
+        *("train", str(place.root / "from_scratch.yaml"), "--run_dir", str(place.root / "split")),
+        *("--mesh.tensor", "4", "--mesh.fsdp", "1"),
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+    )
+    assert done.returncode == 64, done.stderr
+    said = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "mesh.tensor = 4 does not divide kv_heads = 2" in said and "mesh.tensor = 2" in said
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def damaged(place: Place, tmp_path: Path) -> Path:
+    """A copy of the warm start, to be changed."""
+    return Path(shutil.copytree(place.start, tmp_path / "damaged"))
+
+
+def test_a_folder_of_another_architecture(place: Place, damaged: Path, refused: Refused) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    said = refused(*place.train("--run_dir", str(place.root / "x"), "--model.path", str(damaged)))
+    assert "model_type = 'mamba' is not supported" in said and "qwen2, qwen3 and llama are" in said
+    assert "use another model" in said
+
+
+def test_a_truncated_file_of_weights(place: Place, damaged: Path, refused: Refused) -> None:
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    said = refused(*place.train("--run_dir", str(place.root / "x"), "--model.path", str(damaged)))
+    assert f"{weights} is damaged or cut short" in said and "fetch it again" in said
+
+
+def test_a_folder_that_is_not_there(place: Place, refused: Refused) -> None:
+    said = refused(*place.train("--model.path", "./absent"))
+    assert "'./absent' is not a folder" in said and "give the path of a folder" in said
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(place: Place, refused: Refused) -> None:
+    character_tokenizer([chr(0x100 + i) for i in range(100)]).save(place.root / "large_tokenizer")
+    said = refused(*place.train("--model.tokenizer", str(place.root / "large_tokenizer")))
+    assert "the tokenizer has 105 tokens and the model 32 vocabulary rows" in said
+    assert "give model.tokenizer the tokenizer the model was trained with" in said
+
+
+# ------------------------------------------------------------------------------------------------- convert and report
+
+
+@pytest.mark.parametrize(("name", "takes"), [("convert", "SOURCE and DESTINATION"), ("report", "RUN_DIR")])
+def test_missing_arguments(refused: Refused, name: str, takes: str) -> None:
+    said = refused(name)
+    assert f"rljax {name} was given 0 arguments" in said and f"give {takes}" in said
+
+
+def test_convert_overwrites_nothing(place: Place, tmp_path: Path, refused: Refused) -> None:
+    said = refused("convert", str(place.root), str(tmp_path))
+    assert f"destination {tmp_path} exists" in said and "give a folder that does not" in said
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nothing", ["source 'nothing' is not a .gguf file", "no config.yaml", "give one of these"]),
+        ("absent.gguf", ["GGUF file absent.gguf does not exist", "give the path of one"]),
+    ],
+)
+def test_convert_of_an_unknown_source(tmp_path: Path, refused: Refused, source: str, words: list[str]) -> None:
+    said = refused("convert", source, str(tmp_path / "new"))
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "new").exists()
+
+
+def test_report_of_no_run(tmp_path: Path, refused: Refused) -> None:
+    said = refused("report", str(tmp_path))
+    assert f"{tmp_path} holds neither metrics.jsonl nor curves.csv" in said and "give the run_dir of a run" in said
+
+
+# ------------------------------------------------------------------------------------------------------- runs, resume
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_of(run: Path) -> tuple[Any, dict[str, Any], int]:
+    """Newest checkpoint of a run: state, host state, step."""
+    config = parse_config([str(run / "config.yaml")])
+    policy = open_policy(config)
+    store = CheckpointStore(run / "checkpoints", None)
+    try:
+        return store.restore(state_shapes(policy.shapes, config.optimizer, policy.mesh))
+    finally:
+        store.close()
+
+
+def differing(a: Any, b: Any) -> list[str]:
+    """Paths of the leaves of two trees that are not the same bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    pairs = zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True)
+    return [
+        jax.tree_util.keystr(path)
+        for (path, x), y in pairs
+        if x.dtype != y.dtype or np.asarray(x).tobytes() != np.asarray(y).tobytes()
+    ]
+
+
+def test_a_run_folder_holds_what_it_should(stopped: Path, place: Place) -> None:
+    config = parse_config([str(stopped / "config.yaml")])
+    assert config == parse_config([place.config, "--run_dir", str(stopped), "--steps", "2"])
+    rows = metrics_of(stopped)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert "eval/pass@1" in rows[0]
+    phases = ("data", "sample", "reward", "update", "sync", "evaluate", "step")
+    for row in rows[1:]:
+        assert 0 <= row["policy/behaviour_gap_max"] <= 1e-4
+        assert {f"time/{phase}_seconds" for phase in phases} <= set(row)
+        assert row["time/step_seconds"] > 0
+        assert row["eval/test_loss"] == 1 - row["eval/pass@1"]
+        assert row["policy/skipped_updates"] == 0
+        assert row["progress/prompts_seen"] == 4 * row["step"]
+        rollouts = (stopped / "rollouts" / f"step_{row['step']:06d}.jsonl").read_text().splitlines()
+        rewards = [json.loads(line)["reward"] for line in rollouts]
+        assert len(rewards) == 8 and np.mean(rewards) == pytest.approx(row["reward/mean"])
+    with (stopped / "curves.csv").open() as lines:
+        curve = list(csv.DictReader(lines))
+    assert [(row["run"], row["step"], row["samples"]) for row in curve] == [
+        ("stopped", str(step), str(4 * step)) for step in range(3)
+    ]
+    assert (stopped / "report.html").read_text().startswith("<!doctype html>")
+    assert (stopped / "checkpoints" / "2").is_dir()
+
+
+def test_what_is_finished_is_not_done_again(stopped: Path, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = ("metrics.jsonl", "curves.csv", "config.yaml")
+    before = {name: (stopped / name).read_bytes() for name in kept}
+    assert main(place.train("--run_dir", str(stopped), "--steps", "2")) == 0
+    assert {name: (stopped / name).read_bytes() for name in kept} == before
+    assert "pass@1 before" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_config(stopped: Path, place: Place, refused: Refused) -> None:
+    before = (stopped / "config.yaml").read_bytes()
+    said = refused(*place.train("--run_dir", str(stopped), "--steps", "2", "--optimizer.learning_rate", "2e-3"))
+    assert f"run_dir = {stopped} holds a checkpoint of another configuration" in said
+    assert "optimizer.learning_rate: 0.001 -> 0.002" in said and "give another run_dir" in said
+    assert (stopped / "config.yaml").read_bytes() == before
+
+
+def test_convert_gives_the_parameters_of_the_run(stopped: Path, tmp_path: Path, place: Place) -> None:
+    exported = tmp_path / "exported"
+    assert main(["convert", str(stopped), str(exported)]) == 0
+    state, _, step = state_of(stopped)
+    assert step == 2
+    arch = hf.read_architecture(exported)
+    assert differing(state.params, hf.load_params(exported, arch)) == []
+    assert len(differing(state.params, hf.load_params(place.start, arch))) > 10  # it has learnt something
+    assert (exported / "tokenizer.json").read_bytes() == (place.start / "tokenizer.json").read_bytes()
+
+
+def test_report_writes_the_page_again(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (stopped / "report.html").unlink(missing_ok=True)
+    assert main(["report", str(stopped)]) == 0
+    assert capsys.readouterr().out.strip() == str(stopped / "report.html")
+    assert (stopped / "report.html").is_file()
+
+
+def test_rewards_differ_within_groups(unbroken: Path) -> None:
+    """Or every advantage is 0, and that a resumed run is the same would say less."""
+    rows = metrics_of(unbroken)[1:]
+    assert min(row["reward/zero_spread_group_fraction"] for row in rows[2:]) < 1  # after the resume, too
+    assert min(row["reward/zero_spread_group_fraction"] for row in rows[:2]) < 1
+    assert all(row["policy/reference_kl"] > 0 for row in rows[1:])
+
+
+def test_resumed_is_unbroken_in_every_bit_of_the_state(unbroken: Path, resumed: Path, stopped: Path) -> None:
+    (whole, host, step), (parts, host_parts, step_parts) = state_of(unbroken), state_of(resumed)
+    assert step == step_parts == 4
+    assert differing(whole, parts) == []
+    assert int(whole.updates) == 8
+    for name in ("data", "counters"):
+        assert host[name] == host_parts[name]
+    assert len(differing(whole, state_of(stopped)[0])) > 20  # the comparison sees two more steps
+
+
+def test_resumed_is_unbroken_in_every_metric(unbroken: Path, resumed: Path) -> None:
+    def repeatable(run: Path) -> list[dict[str, Any]]:
+        measured = ("time/", "memory/", "throughput/")
+        return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in metrics_of(run)]
+
+    whole, parts = repeatable(unbroken), repeatable(resumed)
+    assert [row["step"] for row in whole] == [0, 1, 2, 3, 4]
+    assert whole == parts
+    assert len(whole[4]) > 20
+
+
+def test_resumed_is_unbroken_in_prompts_and_completions(unbroken: Path, resumed: Path) -> None:
+    files = sorted(file.name for file in (unbroken / "rollouts").iterdir())
+    assert files == sorted(file.name for file in (resumed / "rollouts").iterdir()) and len(files) == 4
+    prompts = []
+    for name in files:
+        text = (unbroken / "rollouts" / name).read_text()
+        assert text == (resumed / "rollouts" / name).read_text()
+        prompts += [json.loads(line)["prompt"] for line in text.splitlines()[::2]]
+    assert len(set(prompts[:12])) == 12 and set(prompts[12:]) < set(prompts[:12])  # an epoch, and the next begun
+
+
+def test_resumed_is_unbroken_in_its_curve(unbroken: Path, resumed: Path) -> None:
+    whole, parts = (list(csv.DictReader((run / "curves.csv").open())) for run in (unbroken, resumed))
+    assert len(whole) == 5
+    # The two steps before the stop were written under the name the folder had then.
+    assert [row | {"run": ""} for row in whole] == [row | {"run": ""} for row in parts]

@@ -1,0 +1,262 @@
+"""A config is what its files and flags say: round trips, layers, and a refusal for each value that cannot be meant."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rljax.config import (
+    _AT_LEAST_ONE,
+    _AT_LEAST_ZERO,
+    ARCHITECTURES,
+    NOMINAL_PARAMS,
+    Architecture,
+    ConfigError,
+    RunConfig,
+    dump_config,
+    parse_config,
+)
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").rglob("*.yaml"))
+
+
+def parse_text(tmp_path: Path, *texts: str, flags: tuple[str, ...] = ()) -> RunConfig:
+    """The config of YAML texts, given as files from left to right, and flags."""
+    files = []
+    for number, text in enumerate(texts):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text)
+        files.append(str(file))
+    return parse_config([*files, *flags])
+
+
+def replaced(**sections: Any) -> RunConfig:
+    """The default config with fields of its sections replaced: `replaced(data={"repeats": 2}, seed=1)`."""
+    default = RunConfig()
+    changes = {
+        name: dataclasses.replace(getattr(default, name), **value) if isinstance(value, dict) else value
+        for name, value in sections.items()
+    }
+    return dataclasses.replace(default, **changes)
+
+
+def with_value(dotted: str, value: Any) -> RunConfig:
+    section, _, field = dotted.rpartition(".")
+    return replaced(**({section: {field: value}} if section else {field: value}))
+
+
+# ---------------------------------------------------------------------------------------------------- parse and dump
+
+
+def test_no_argument_gives_the_defaults() -> None:
+    assert parse_config([]) == RunConfig()
+
+
+UNUSUAL = replaced(
+    run_dir="runs/with space",
+    seed=7,
+    model={"path": "", "tokenizer": "a=b", "compute_dtype": "bfloat16"},
+    mesh={"fsdp": -1, "tensor": 2},
+    data={"order": "shuffle", "system_prompt": "--first line: 'x'\n\nsecond # line, \"quoted\""},
+    sampling={"stop_token_ids": (3, 151643)},
+    optimizer={"learning_rate": 1e-7, "eps": 1e-15},
+    logging={"tensorboard": True, "wandb": "null"},
+)
+
+
+@pytest.mark.parametrize("config", [RunConfig(), UNUSUAL], ids=["default", "unusual"])
+def test_dump_then_parse_is_the_same_config(tmp_path: Path, config: RunConfig) -> None:
+    assert parse_text(tmp_path, dump_config(config)) == config
+
+
+def test_files_overlay_from_left_to_right_and_flags_last(tmp_path: Path) -> None:
+    left = "seed: 1\nsteps: 10\ndata:\n  repeats: 2\n  seed: 5\n"
+    right = "steps: 20\ndata:\n  repeats: 3\n"
+    config = parse_text(tmp_path, left, right, flags=("--data.repeats", "4"))
+    assert config == replaced(seed=1, steps=20, data={"repeats": 4, "seed": 5})
+    swapped = parse_text(tmp_path, right, left)
+    assert (swapped.steps, swapped.data.repeats) == (10, 2)
+
+
+def test_flags_win_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("seed: 1\n")
+    assert parse_config(["--seed", "2", str(file)]).seed == parse_config([str(file), "--seed=2"]).seed == 2
+
+
+def test_a_later_list_replaces_an_earlier_one(tmp_path: Path) -> None:
+    first, second = "sampling: {stop_token_ids: [1, 2, 3]}", "sampling: {stop_token_ids: [4]}"
+    assert parse_text(tmp_path, first).sampling.stop_token_ids == (1, 2, 3)
+    assert parse_text(tmp_path, first, second).sampling.stop_token_ids == (4,)
+    assert parse_text(tmp_path, first, "sampling: {stop_token_ids: []}").sampling.stop_token_ids == ()
+
+
+def test_a_float_may_be_written_without_a_point(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-3 as text."""
+    config = parse_text(tmp_path, "optimizer: {learning_rate: 1e-3, weight_decay: 0, eps: 2.5E-9}")
+    assert dataclasses.astuple(config.optimizer)[:1] == (0.001,)
+    assert (config.optimizer.weight_decay, config.optimizer.eps) == (0.0, 2.5e-9)
+
+
+@pytest.mark.parametrize(("written", "value"), [("true", True), ("false", False), ("yes", True), ("off", False)])
+def test_booleans(tmp_path: Path, written: str, value: bool) -> None:
+    assert parse_text(tmp_path, f"logging: {{tensorboard: {written}}}").logging.tensorboard is value
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "data: {}\n", "model: {path: ''}\n"])
+def test_what_says_nothing_changes_nothing(tmp_path: Path, text: str) -> None:
+    assert parse_text(tmp_path, text) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("data:\n", "data"), ("data: {system_prompt: null}", "data.system_prompt"), ("model: {path: ~}", "model.path")],
+)
+def test_null_is_refused_and_never_the_text_none(tmp_path: Path, text: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} = null .* give one .* remove the line"):
+        parse_text(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- seed\n- 1\n", "holds a list; it must be a mapping"),
+        ("just words\n", "holds a str; it must be a mapping"),
+        ("a: [1\nb: {\n", "is not YAML .*line 2.*fix the line"),
+    ],
+)
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        parse_text(tmp_path, text)
+    assert "0.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist; give the path of a YAML file"):
+        parse_config([str(tmp_path / "absent.yaml")])
+
+
+@pytest.mark.parametrize("text", ["steps: 2.5", "seed: true", "algorithm: {loss: ppo}", "algorithm: 3", "3: 4"])
+def test_a_value_of_another_type_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_text(tmp_path, text)
+    assert stop.value.code
+    assert f"--{text.partition(':')[0]}" in capsys.readouterr().err
+
+
+def test_there_are_configs() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_every_shipped_config_parses(file: Path, tmp_path: Path) -> None:
+    config = parse_config([str(file)])
+    assert config != RunConfig()
+    assert parse_text(tmp_path, dump_config(config)) == config
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [*((name, 1) for name in _AT_LEAST_ONE), *((name, 0) for name in _AT_LEAST_ZERO)],
+)
+def test_each_bound(name: str, bound: int) -> None:
+    for value in (bound - 1, math.nan, math.inf):
+        with pytest.raises(ConfigError) as caught:
+            with_value(name, value)
+        said = str(caught.value)
+        assert said.startswith(f"{name} = {value} must be at least {bound}") and f"--{name}" in said
+    if name not in ("sampling.temperature", "algorithm.group_size", "data.prompts_per_step"):  # a rule of their own
+        assert with_value(name, bound) is not None
+
+
+def test_every_number_has_a_check() -> None:
+    """Numbers in no list of bounds: checked by their own rule, or any value is meant."""
+    unlisted = set()
+    for section in dataclasses.fields(RunConfig):
+        value = getattr(RunConfig(), section.name)
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        numbers = {f"{section.name}.{f.name}" for f in fields if type(getattr(value, f.name)) in (int, float)}
+        unlisted |= numbers | ({section.name} if type(value) in (int, float) else set())
+    unlisted -= {*_AT_LEAST_ONE, *_AT_LEAST_ZERO}
+    mesh = {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # against the devices, when the mesh is made
+    assert unlisted == mesh | {"optimizer.b1", "optimizer.b2", "reward.timeout_seconds"}
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+@pytest.mark.parametrize("name", ["optimizer.b1", "optimizer.b2"])
+def test_running_means_keep_less_than_everything(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} = {value} must be at least 0 and below 1"):
+        with_value(name, value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_verifier_always_has_a_limit(value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^reward\.timeout_seconds = {value} must be positive and finite; change"):
+        with_value("reward.timeout_seconds", value)
+
+
+def test_group_of_one() -> None:
+    with pytest.raises(ConfigError, match=r"group_size = 1 .* standard deviation .* at least 2"):
+        replaced(algorithm={"group_size": 1})
+    assert replaced(algorithm={"group_size": 1, "advantage": "dr_grpo"}).algorithm.group_size == 1
+
+
+def test_updates_are_equal_parts() -> None:
+    with pytest.raises(ConfigError, match=r"prompts_per_step = 10 .*updates_per_step = 4 equal updates; make it a mul"):
+        replaced(data={"prompts_per_step": 10})
+    assert replaced(data={"prompts_per_step": 12}).data.prompts_per_step == 12
+
+
+def test_training_is_not_greedy() -> None:
+    with pytest.raises(ConfigError, match=r"temperature = 0 samples greedily.*use a positive temperature"):
+        replaced(sampling={"temperature": 0.0})
+    assert replaced(evaluation={"temperature": 0.0}).evaluation.temperature == 0
+
+
+def test_an_unknown_architecture() -> None:
+    with pytest.raises(ConfigError, match=r"architecture = 'qwen9' is not known; choose one of tiny, .* model\.path"):
+        replaced(model={"architecture": "qwen9"})
+    assert replaced(model={"architecture": "qwen9", "path": "folder"}).model.path == "folder"  # not used
+
+
+def test_shapes_that_cannot_be() -> None:
+    base = ARCHITECTURES["tiny"]
+    with pytest.raises(ConfigError, match="num_heads = 4 is not a multiple of num_kv_heads = 3"):
+        dataclasses.replace(base, num_kv_heads=3)
+    with pytest.raises(ConfigError, match="head_dim = 31 is odd"):
+        dataclasses.replace(base, head_dim=31)
+
+
+def test_the_papers_sizes_are_known_shapes() -> None:
+    assert len(NOMINAL_PARAMS) == 7
+    assert set(NOMINAL_PARAMS) <= set(ARCHITECTURES)
+    assert all(isinstance(arch, Architecture) for arch in ARCHITECTURES.values())
+
+
+# ------------------------------------------------------------------------------------------------------- as a value
+
+
+def test_a_config_is_a_value() -> None:
+    """Sections are static arguments of jitted functions: equal ones must hash alike."""
+    a, b = replaced(seed=3), replaced(seed=3)
+    assert a == b and a is not b and hash(a) == hash(b)
+    assert a != RunConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.seed = 4  # type: ignore[misc]
+
+
+def test_importing_and_parsing_needs_no_jax() -> None:
+    code = (
+        "import sys; from rljax.config import parse_config; parse_config(['--seed', '1']); "
+        "heavy = {'jax', 'numpy', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

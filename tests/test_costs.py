@@ -1,0 +1,100 @@
+"""Costs against counts from published tables and against values worked by hand."""
+
+import numpy as np
+import pytest
+
+from rljax import costs
+from rljax.config import ARCHITECTURES, Architecture
+
+# D 4, L 2, N 2, K 1, H 2, F 3, V 5, untied, with biases.
+#   q 4*2*2 = 16, k 4*2 = 8, v 8, o 16, gate, up, down 3*4*3 = 36: 84 per layer, 168 in all; head 4*5 = 20
+#   other: per layer norms 8, biases (2 + 2) * 2 = 8; final norm 4: 2 * 16 + 4 = 36
+SMALL = Architecture(4, 2, 2, 1, 2, 3, 5, tied_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "non_embedding", "total"),
+    [
+        ("qwen2.5-0.5b", 357_898_112, 494_032_768),
+        ("qwen2.5-1.5b", 1_310_340_608, 1_543_714_304),
+        ("qwen2.5-3b", 2_774_773_760, 3_085_938_688),
+        ("qwen2.5-7b", 6_525_621_760, 7_615_616_512),
+        ("qwen2.5-14b", 13_212_898_304, 14_770_033_664),
+        ("qwen2.5-32b", 31_206_740_992, 32_763_876_352),
+        ("qwen2.5-72b", 70_214_787_072, 72_706_203_648),
+    ],
+)
+def test_parameter_counts_of_the_paper(name, non_embedding, total):
+    assert costs.num_non_embedding_params(ARCHITECTURES[name]) == non_embedding
+    assert costs.num_params(ARCHITECTURES[name]) == total
+
+
+@pytest.mark.parametrize(("name", "total"), [("smollm2-135m", 134_515_008), ("qwen3-0.6b", 596_049_920)])
+def test_parameter_counts_without_bias_and_with_query_key_norms(name, total):
+    assert costs.num_params(ARCHITECTURES[name]) == total
+
+
+def test_parameters_by_hand():
+    assert costs.matmul_params(SMALL) == 168
+    assert costs.head_params(SMALL) == 20
+    assert costs.num_non_embedding_params(SMALL) == 168 + 36
+    assert costs.num_params(SMALL) == 168 + 36 + 2 * 20
+
+
+def test_scaling_params_are_nominal_where_the_paper_has_them():
+    assert costs.scaling_params(ARCHITECTURES["qwen2.5-7b"], "qwen2.5-7b") == 7e9
+    assert costs.scaling_params(SMALL, "small") == 244.0
+
+
+def test_forward_flops_by_hand():
+    # Sequences of 3 and 2 tokens: 1+2+3 + 1+2 = 9 keys; 4*2*2*2 = 32 FLOPs per key; logits of 2 tokens.
+    assert costs.causal_context_sum([3, 2]) == 9
+    assert costs.forward_flops(SMALL, 5, 9, 2) == 2 * 168 * 5 + 32 * 9 + 2 * 20 * 2
+
+
+def test_forward_flops_per_token_of_the_paper_models():
+    # GFLOP per token with logits, attention left out: 2 (matmul + head), to the digits published
+    for name, expected in (("qwen2.5-0.5b", "0.99"), ("qwen2.5-7b", "14.14"), ("qwen2.5-72b", "142.9")):
+        digits = len(expected.split(".")[1])
+        assert f"{costs.forward_flops(ARCHITECTURES[name], 1, 0, 1) / 1e9:.{digits}f}" == expected
+
+
+def test_generation_is_a_prefill_and_single_steps():
+    prompts, completions = np.array([3, 2]), np.array([[4, 1], [2, 5]])
+    expected = 0
+    for prompt, group in zip(prompts, completions, strict=True):
+        expected += costs.forward_flops(SMALL, int(prompt), costs.causal_context_sum([prompt]), 1)
+        for length in group:
+            for fed in range(1, length):  # token k of the completion attends to the prompt and k of its own
+                expected += costs.forward_flops(SMALL, 1, int(prompt) + fed, 1)
+    assert costs.generation_flops(SMALL, prompts, completions) == expected
+    assert costs.generation_flops(SMALL, prompts, completions.reshape(-1)) == expected
+
+
+def test_update_flops_by_hand():
+    forward = 2 * 168 * 5 + 32 * 9
+    assert costs.update_flops(SMALL, 5, 9, 2) == 3 * (forward + 80)
+    assert costs.update_flops(SMALL, 5, 9, 2, remat="dots") == 3 * (forward + 80)
+    assert costs.update_flops(SMALL, 5, 9, 2, remat="full") == 4 * forward + 3 * 80
+
+
+def test_paper_compute():
+    # One step of the 0.5B base run: 4.20 M tokens.
+    assert costs.paper_flops(0.5e9, 4.2e6) == 1.26e16
+
+
+def test_bytes():
+    published = {
+        "qwen2.5-0.5b": 12_288,
+        "qwen2.5-1.5b": 28_672,
+        "qwen2.5-3b": 36_864,
+        "qwen2.5-7b": 57_344,
+        "qwen2.5-14b": 196_608,
+        "qwen2.5-32b": 262_144,
+        "qwen2.5-72b": 327_680,
+    }
+    for name, expected in published.items():
+        assert costs.kv_bytes_per_token(ARCHITECTURES[name], "bfloat16") == expected
+    assert costs.weight_bytes(SMALL, "float32") == 4 * 244
+    # weights 2 * 188; 7 cached tokens of 2 * 2 * 1 * 2 * 2 = 16 bytes; 3 rows of 5 logits, 4 bytes, three passes
+    assert costs.decode_step_bytes(SMALL, 3, 7, "bfloat16") == 376 + 112 + 180
