@@ -22,12 +22,12 @@ import yaml
 
 from rljax.checkpoint import CheckpointStore
 from rljax.cli import COMMANDS, USAGE_ERROR, main
-from rljax.config import RunConfig, parse_config
+from rljax.config import ARCHITECTURES, RunConfig, parse_config
 from rljax.data.tasks import TASKS
 from rljax.models import hf
 from rljax.policy import open_policy
 from rljax.rl.learner import state_shapes
-from rljax.tokenizer import character_tokenizer
+from rljax.tokenizer import character_tokenizer, load_tokenizer
 
 SETTINGS: dict[str, Any] = {
     "model": {"architecture": "tiny", "remat": "none"},
@@ -42,12 +42,12 @@ SETTINGS: dict[str, Any] = {
     },
     "sampling": {"max_completion_tokens": 8, "chunk_tokens": 7},
     "reward": {"workers": 1},
-    "algorithm": {"group_size": 2, "updates_per_step": 2, "kl_coefficient": 0.01, "microbatch_tokens": 512},
-    "optimizer": {"learning_rate": "1e-3"},
-    "evaluation": {"data": "task:char_count", "max_prompts": 4, "samples_per_prompt": 2, "temperature": 1.0},
+    "algorithm": {"group_size": 4, "updates_per_step": 2, "kl_coefficient": 0.01, "microbatch_tokens": 512},
+    "optimizer": {"learning_rate": "3e-4"},
+    "evaluation": {"data": "task:char_count", "max_prompts": 4, "samples_per_prompt": 4, "temperature": 1.0},
     "checkpoint": {"every": 2},
     "sft": {"steps": 20, "batch_size": 8, "learning_rate": "5e-3"},
-    "logging": {"rollouts": 8},
+    "logging": {"rollouts": 16},
 }
 """Seconds a run. Old log-probs are the learner's, a reference model is kept, and 3 steps are an epoch."""
 
@@ -125,8 +125,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         said = capsys.readouterr().err.strip()
         assert "Traceback" not in said
         if parser:
-            assert said.count("╭") == said.count("╰") == 1, said
-            said = re.sub("[╭╰│─╮╯]+", " ", said)
+            assert said.count("For full helptext") == 1, said
+            said = re.sub("[╭╰│─╮╯]+|-{3,}", " ", said)  # drawn in ASCII where the terminal has nothing else
         else:
             assert said.startswith("error: ") and "\n" not in said, said
         return " ".join(said.split())
@@ -195,6 +195,19 @@ def test_a_refusal_leaves_the_process_with_64() -> None:
 def test_help_leaves_the_process_with_0() -> None:
     done = command("--help")
     assert done.returncode == 0 and not done.stderr
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (OSError("disk full"), 1)])
+def test_what_is_not_the_users_input_has_another_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised: BaseException, code: int
+) -> None:
+    def fail(argv: list[str]) -> None:
+        raise raised
+
+    monkeypatch.setitem(COMMANDS, "train", fail)
+    assert main(["train"]) == code
+    said = capsys.readouterr().err
+    assert ("Traceback" in said and "disk full" in said) if code == 1 else "resumes from the last checkpoint" in said
 
 
 # ------------------------------------------------------------------------------------------------ config files, flags
@@ -374,7 +387,7 @@ def test_a_folder_that_is_not_there(place: Place, refused: Refused) -> None:
 def test_a_tokenizer_larger_than_the_vocabulary(place: Place, refused: Refused) -> None:
     character_tokenizer([chr(0x100 + i) for i in range(100)]).save(place.root / "large_tokenizer")
     said = refused(*place.train("--model.tokenizer", str(place.root / "large_tokenizer")))
-    assert "the tokenizer has 105 tokens and the model 32 vocabulary rows" in said
+    assert "the tokenizer has 105 tokens and the model 64 vocabulary rows" in said
     assert "give model.tokenizer the tokenizer the model was trained with" in said
 
 
@@ -417,6 +430,16 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def repeatable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics without those that a clock or the operating system gives."""
+    measured = ("time/", "memory/", "throughput/")
+    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows]
+
+
+def curve_of(run: Path) -> list[dict[str, Any]]:
+    return list(csv.DictReader((run / "curves.csv").read_text().splitlines()))
+
+
 def state_of(run: Path) -> tuple[Any, dict[str, Any], int]:
     """Newest checkpoint of a run: state, host state, step."""
     config = parse_config([str(run / "config.yaml")])
@@ -455,10 +478,8 @@ def test_a_run_folder_holds_what_it_should(stopped: Path, place: Place) -> None:
         assert row["progress/prompts_seen"] == 4 * row["step"]
         rollouts = (stopped / "rollouts" / f"step_{row['step']:06d}.jsonl").read_text().splitlines()
         rewards = [json.loads(line)["reward"] for line in rollouts]
-        assert len(rewards) == 8 and np.mean(rewards) == pytest.approx(row["reward/mean"])
-    with (stopped / "curves.csv").open() as lines:
-        curve = list(csv.DictReader(lines))
-    assert [(row["run"], row["step"], row["samples"]) for row in curve] == [
+        assert len(rewards) == 16 and np.mean(rewards) == pytest.approx(row["reward/mean"])
+    assert [(row["run"], row["step"], row["samples"]) for row in curve_of(stopped)] == [
         ("stopped", str(step), str(4 * step)) for step in range(3)
     ]
     assert (stopped / "report.html").read_text().startswith("<!doctype html>")
@@ -477,7 +498,7 @@ def test_a_checkpoint_of_another_config(stopped: Path, place: Place, refused: Re
     before = (stopped / "config.yaml").read_bytes()
     said = refused(*place.train("--run_dir", str(stopped), "--steps", "2", "--optimizer.learning_rate", "2e-3"))
     assert f"run_dir = {stopped} holds a checkpoint of another configuration" in said
-    assert "optimizer.learning_rate: 0.001 -> 0.002" in said and "give another run_dir" in said
+    assert "optimizer.learning_rate: 0.0003 -> 0.002" in said and "give another run_dir" in said
     assert (stopped / "config.yaml").read_bytes() == before
 
 
@@ -518,11 +539,7 @@ def test_resumed_is_unbroken_in_every_bit_of_the_state(unbroken: Path, resumed: 
 
 
 def test_resumed_is_unbroken_in_every_metric(unbroken: Path, resumed: Path) -> None:
-    def repeatable(run: Path) -> list[dict[str, Any]]:
-        measured = ("time/", "memory/", "throughput/")
-        return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in metrics_of(run)]
-
-    whole, parts = repeatable(unbroken), repeatable(resumed)
+    whole, parts = repeatable(metrics_of(unbroken)), repeatable(metrics_of(resumed))
     assert [row["step"] for row in whole] == [0, 1, 2, 3, 4]
     assert whole == parts
     assert len(whole[4]) > 20
@@ -535,12 +552,36 @@ def test_resumed_is_unbroken_in_prompts_and_completions(unbroken: Path, resumed:
     for name in files:
         text = (unbroken / "rollouts" / name).read_text()
         assert text == (resumed / "rollouts" / name).read_text()
-        prompts += [json.loads(line)["prompt"] for line in text.splitlines()[::2]]
+        prompts += [json.loads(line)["prompt"] for line in text.splitlines()[::4]]
     assert len(set(prompts[:12])) == 12 and set(prompts[12:]) < set(prompts[:12])  # an epoch, and the next begun
 
 
 def test_resumed_is_unbroken_in_its_curve(unbroken: Path, resumed: Path) -> None:
-    whole, parts = (list(csv.DictReader((run / "curves.csv").open())) for run in (unbroken, resumed))
+    whole, parts = curve_of(unbroken), curve_of(resumed)
     assert len(whole) == 5
     # The two steps before the stop were written under the name the folder had then.
     assert [row | {"run": ""} for row in whole] == [row | {"run": ""} for row in parts]
+
+
+def test_a_run_killed_between_checkpoints_ends_the_same(unbroken: Path, place: Place) -> None:
+    """As a kill after step 4 would leave it, before its checkpoint was complete: steps 3 and 4 are done again."""
+    killed = Path(shutil.copytree(unbroken, place.root / "killed" / unbroken.name))
+    shutil.rmtree(killed / "checkpoints" / "4")
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')
+    assert main(place.train("--run_dir", str(killed), "--steps", "4")) == 0
+    assert repeatable(metrics_of(killed)) == repeatable(metrics_of(unbroken))
+    assert metrics_of(killed)[:3] == metrics_of(unbroken)[:3]  # kept, times and all
+    assert metrics_of(killed)[3:] != metrics_of(unbroken)[3:]  # measured anew
+    assert curve_of(killed) == curve_of(unbroken)
+    assert differing(state_of(killed)[0], state_of(unbroken)[0]) == []
+
+
+def test_sft_of_a_task_makes_its_own_vocabulary(place: Place, tmp_path: Path) -> None:
+    """Random weights of a named shape, the task's characters, its worked solutions: nothing is read from disk."""
+    config = str(place.root / "from_scratch.yaml")
+    assert main(["sft", config, "--run_dir", str(tmp_path), "--sft.steps", "1", "--sft.batch_size", "2"]) == 0
+    arch = hf.read_architecture(tmp_path / "sft")
+    assert dataclasses.replace(arch, vocab_size=64) == ARCHITECTURES["tiny"]
+    assert arch.vocab_size == 32
+    assert load_tokenizer(tmp_path / "sft").vocab_size == 5 + len(TASKS["char_count"].alphabet)
