@@ -1,10 +1,11 @@
 """Weights from one form to another: GGUF files and run folders to Hugging Face folders."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
 from rljax.checkpoint import CheckpointStore
-from rljax.config import ConfigError, parse_config
+from rljax.config import ConfigError, MeshConfig, parse_config
 from rljax.models.gguf import convert_gguf, demo_gguf
 from rljax.policy import open_policy
 
@@ -40,7 +41,8 @@ def convert(source: str, destination: str) -> None:
 def export_run(run_dir: Path, destination: str) -> None:
     """The newest checkpoint of a run as a Hugging Face folder."""
     config = parse_config([str(run_dir / "config.yaml")], prog="rljax convert")
-    policy = open_policy(config)
+    # The devices here need not be those of the run; the checkpoint is read onto whatever mesh this machine makes.
+    policy = open_policy(dataclasses.replace(config, mesh=MeshConfig()))
     store = CheckpointStore(run_dir / "checkpoints", None)
     try:
         state, _, step = store.restore({"params": policy.shapes}, partial=True)

@@ -25,8 +25,8 @@ SAMPLER_RULES: Rules = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tenso
 """Decoding: never over fsdp, or the weights would cross the network once per token."""
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (default: all).
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (`jax.Device`s; default: all).
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.

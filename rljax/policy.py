@@ -68,9 +68,10 @@ def open_policy(config: RunConfig) -> Policy:
       ConfigError: no such folder; another architecture; a tokenizer that does not fit; a mesh that does not divide.
     """
     source = hf.resolve(config.model.path, config.model.revision) if config.model.path else None
+    known = None if source is None else hf.read_architecture(source)  # first: a foreign model is named as such
     tokenizer = _tokenizer(config, source)
-    if source is not None:
-        arch = hf.read_architecture(source)
+    if known is not None:
+        arch = known
     else:
         arch = ARCHITECTURES[config.model.architecture]
         if config.data.train.startswith(_TASK_PREFIX) and not config.model.tokenizer:

@@ -55,7 +55,9 @@ class Block(nn.Module):
             shapes["k_bias"] = shapes["v_bias"] = ((a.num_kv_heads, a.head_dim), kv[1:])
         if a.qk_norm:
             shapes["q_norm"] = shapes["k_norm"] = ((a.head_dim,), ("norm",))
-        weights = {name: self.param(name, _initializer(name, axes), shape) for name, (shape, axes) in shapes.items()}
+        weights: dict[str, Any] = {
+            name: self.param(name, _initializer(name, axes), shape) for name, (shape, axes) in shapes.items()
+        }
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attention(q, k, v, layout), None
@@ -84,7 +86,7 @@ class Decoder(nn.Module):
     def __call__(self, tokens: jax.Array, positions: jax.Array, layout: AttentionLayout) -> jax.Array:
         a = self.arch
         vocab = _initializer("embed", ("vocab", "embed"))
-        embed = self.param("embed", vocab, (a.vocab_size, a.hidden_size))
+        embed: Any = self.param("embed", vocab, (a.vocab_size, a.hidden_size))
         if not a.tied_embeddings:
             self.param("head", _initializer("head", ("embed", "vocab")), (a.hidden_size, a.vocab_size))
         x = embed.astype(self.compute_dtype)[tokens]
@@ -95,14 +97,13 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=a.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = layers(a, name="layers")(x, rope_tables(positions, a.head_dim, a.rope_theta), layout)
-        return rms_norm(
-            x, self.param("final_norm", _initializer("final_norm", ("norm",)), (a.hidden_size,)), a.rms_norm_eps
-        )
+        scale: Any = self.param("final_norm", _initializer("final_norm", ("norm",)), (a.hidden_size,))
+        return rms_norm(x, scale, a.rms_norm_eps)
 
 
 def _declare(arch: Architecture, key: jax.Array) -> Any:

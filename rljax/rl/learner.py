@@ -25,7 +25,7 @@ def state_shapes(param_shapes: Params, optimizer: OptimizerConfig, mesh: Mesh) -
     placed = jax.tree.map(lambda s: s.sharding, param_shapes)
     whole = replicated(mesh)
 
-    def on(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    def on(shape: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     opt_state = optax.tree_map_params(
