@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 
 .PHONY: quickstart demo test parity lint clean
 
-quickstart: $(VENV)/installed  ## a tiny model learns to count letters; minutes on two cores
+quickstart: $(VENV)/installed  ## a tiny model learns column addition; minutes on two cores
 	rm -rf runs/quickstart
 	$(BIN)/rljax sft configs/quickstart.yaml --model.path ""
 	$(BIN)/rljax train configs/quickstart.yaml
