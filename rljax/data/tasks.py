@@ -99,8 +99,8 @@ def _permuted(index: int, size: int, key: str) -> int:
 
 # ------------------------------------------------------------------------------------------------------- char_count
 
-_LETTERS = "abcdef"
-_WORD_LENGTHS = range(4, 9)
+_LETTERS = "abcdefgh"
+_WORD_LENGTHS = range(6, 15)
 
 
 def _char_count_question(level: int, rank: int) -> str:
