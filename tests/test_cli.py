@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
         "unique": 12,
         "repeats": 2,
         "order": "shuffle",
-        "max_prompt_tokens": 16,
+        "max_prompt_tokens": 32,
         "task_records": 16,
     },
     "sampling": {"max_completion_tokens": 8, "chunk_tokens": 7},
@@ -322,8 +322,8 @@ def test_a_wrong_column(tmp_path: Path, from_scratch: Refused, kind: str) -> Non
 
 
 def test_a_prompt_over_the_cap(from_scratch: Refused) -> None:
-    said = from_scratch("--data.max_prompt_tokens", "9", "--data.overlong", "error")
-    assert re.search(r"\d+ of 16 prompts are longer than data\.max_prompt_tokens = 9: record \d+ has \d+ tokens", said)
+    said = from_scratch("--data.max_prompt_tokens", "12", "--data.overlong", "error")
+    assert re.search(r"\d+ of 16 prompts are longer than data\.max_prompt_tokens = 12: record \d+ has \d+ tokens", said)
     assert "raise data.max_prompt_tokens, or set data.overlong = drop" in said
 
 
