@@ -219,6 +219,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Global-norm clip; 0: off. A non-finite norm skips the update and is counted."""
     warmup_updates: int = 0
+    """Linear warm-up from 0."""
+    decay_updates: int = 0
+    """Linear decay to 0 at this update; 0: constant (the paper). `rljax sft` decays over its own steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +339,7 @@ _AT_LEAST_ZERO = (
     "optimizer.weight_decay",
     "optimizer.max_grad_norm",
     "optimizer.warmup_updates",
+    "optimizer.decay_updates",
     "sft.steps",
     "sft.learning_rate",
     "sft.weight_decay",

@@ -34,8 +34,12 @@ class Compute:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW with decoupled decay on every parameter and bias correction, as torch; clipping is in `apply_gradients`."""
     rate: Any = config.learning_rate
-    if config.warmup_updates:
-        rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_updates)
+    warmup, decay = config.warmup_updates, config.decay_updates
+    if decay:
+        rate = optax.linear_schedule(config.learning_rate, 0.0, max(decay - warmup, 1))
+    if warmup:
+        after = rate if decay else optax.constant_schedule(config.learning_rate)
+        rate = optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
     return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
 
 

@@ -194,6 +194,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float
         np.testing.assert_array_equal(before, now)
 
 
+def test_learning_rate_by_update() -> None:
+    """With a constant gradient Adam moves by the learning rate: the steps are the schedule."""
+
+    def rates(**options: int) -> list[float]:
+        config = OptimizerConfig(learning_rate=0.5, weight_decay=0.0, max_grad_norm=0.0, eps=0.0, **options)
+        state, moves = init_state({"w": jnp.zeros(1)}, config), []
+        for _ in range(6):
+            after, _ = apply_gradients(state, {"w": jnp.ones(1)}, config)
+            moves.append(float(state.params["w"][0] - after.params["w"][0]))
+            state = after
+        return moves
+
+    assert rates() == pytest.approx([0.5] * 6, abs=1e-5)
+    assert rates(warmup_updates=2) == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5], abs=1e-5)
+    assert rates(decay_updates=5) == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0], abs=1e-5)
+    assert rates(warmup_updates=2, decay_updates=6) == pytest.approx([0, 0.25, 0.5, 0.375, 0.25, 0.125], abs=1e-5)
+
+
 def test_masters_move_where_bfloat16_would_not() -> None:
     state, _ = apply_gradients(init_state({"w": jnp.ones(1)}, OptimizerConfig()), {"w": jnp.ones(1)}, OptimizerConfig())
     assert 0 < 1 - float(state.params["w"][0]) < 2e-6
