@@ -221,7 +221,7 @@ class OptimizerConfig:
     warmup_updates: int = 0
     """Linear warm-up from 0."""
     decay_updates: int = 0
-    """Linear decay to 0 at this update; 0: constant (the paper). `rljax sft` decays over its own steps."""
+    """Linear decay to 0 at this update; 0: constant (the paper)."""
 
 
 @dataclasses.dataclass(frozen=True)

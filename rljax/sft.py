@@ -1,5 +1,5 @@
 """Supervised warm start: completion-only cross-entropy on the records' `solution`, because a base model has to come
-from somewhere. Same records, model, optimizer and clipping as GRPO; the learning rate falls linearly to 0."""
+from somewhere. Same records, model, optimizer and clipping as GRPO."""
 
 import dataclasses
 import logging
@@ -97,10 +97,7 @@ def sft(config: RunConfig) -> Path:
     needed = settings.steps * settings.batch_size
     plan = make_plan(len(examples), order="shuffle", seed=config.seed, repeats=max(1, -(-needed // len(examples))))
     optimizer = dataclasses.replace(
-        config.optimizer,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        decay_updates=settings.steps,
+        config.optimizer, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
     )
     compute = Compute(policy.compute_dtype, config.model.remat)
     shapes = state_shapes(policy.shapes, optimizer, policy.mesh)
