@@ -87,20 +87,6 @@ def prompt_slots(encoded: Sequence[np.ndarray]) -> int:
     return -(-max(map(len, encoded)) // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
-def prompts_from_records(
-    records: Sequence[PromptRecord], tokenizer: ChatEncoder, start_position: int = 0, slots: int = 0
-) -> Prompts:
-    """Prompts of an evaluation batch.
-
-    Args:
-      start_position: position of the first record in the evaluation's own stream; seeds its draws.
-      slots: S, so that batches share a shape; 0: as few as this batch needs.
-    """
-    encoded = encode_prompts(records, tokenizer)
-    positions = start_position + np.arange(len(records), dtype=np.int64)
-    return stack_prompts(records, encoded, positions, slots or prompt_slots(encoded))
-
-
 def stack_prompts(
     records: Sequence[PromptRecord], encoded: Sequence[np.ndarray], positions: np.ndarray, slots: int
 ) -> Prompts:

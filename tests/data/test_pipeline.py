@@ -13,7 +13,7 @@ from rljax.data.pipeline import (
     encode_prompts,
     open_pipeline,
     prompt_slots,
-    prompts_from_records,
+    stack_prompts,
     with_system,
 )
 from rljax.data.records import read_records
@@ -192,8 +192,9 @@ def test_system_prompt_goes_first_unless_a_record_has_its_own():
 def test_prompts_of_an_evaluation_batch_equal_the_pipelines():
     records = texts(6)
     pipeline = open_pipeline(records, Letters(), dataclasses.replace(DATA, order="file", repeats=1))
-    assert same(prompts_from_records(records, Letters()), next(pipeline))
-    later = prompts_from_records(records[2:4], Letters(), start_position=100, slots=32)
+    encoded = encode_prompts(records, Letters())
+    assert same(stack_prompts(records, encoded, np.arange(len(records)), prompt_slots(encoded)), next(pipeline))
+    later = stack_prompts(records[2:4], encoded[2:4], np.array([100, 101]), 32)
     assert later.tokens.shape == (2, 32) and later.positions.tolist() == [100, 101]
     assert later.lengths.tolist() == [4, 5] and not later.tokens[0, 4:].any()
 
