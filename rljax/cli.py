@@ -1,9 +1,11 @@
 """The `rljax` command: each subcommand is a call of a function elsewhere. Imports nothing heavy until it must."""
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rljax.config import ConfigError
 
@@ -29,6 +31,9 @@ def _sft(argv: list[str]) -> None:
     from rljax.config import parse_config
 
     config = parse_config(argv, prog="rljax sft")
+    output = Path(config.sft.output or Path(config.run_dir) / "sft")
+    if output.exists():  # said now, not when the training is done
+        raise ConfigError(f"sft.output = {output} exists and is not overwritten; give another folder, or remove it")
     _log_to_stdout()
     from rljax.sft import sft
 
@@ -44,7 +49,9 @@ def _convert(argv: list[str]) -> None:
             "checkpoints\nDESTINATION  a folder that does not exist yet"
         )
         if argv not in (["--help"], ["-h"]):
-            raise ConfigError(f"rljax convert was given {len(argv)} arguments and takes 2; give SOURCE and DESTINATION")
+            raise ConfigError(
+                f"rljax convert was given {len(argv)} argument(s) and takes 2; give SOURCE and DESTINATION"
+            )
         return
     _log_to_stdout()
     from rljax.export import convert
@@ -57,7 +64,7 @@ def _report(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         print("usage: rljax report RUN_DIR\n\n" + (_report.__doc__ or ""))
         if argv not in (["--help"], ["-h"]):
-            raise ConfigError(f"rljax report was given {len(argv)} arguments and takes 1; give RUN_DIR")
+            raise ConfigError(f"rljax report was given {len(argv)} argument(s) and takes 1; give RUN_DIR")
         return
     from rljax.scaling.report import write_report
 
@@ -89,14 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[name](rest)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # what it quotes may hold line ends
         return USAGE_ERROR
-    except SystemExit as stop:  # the flag parser has printed why
-        return USAGE_ERROR if stop.code else 0
+    except SystemExit as stop:  # --help, when it has been printed
+        return 0 if stop.code in (None, 0) else 1
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        resumes = "; the same command resumes from the last checkpoint" if name == "train" else ""
+        print(f"interrupted{resumes}", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and rest in (["--help"], ["-h"]):  # `--help | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+            return 0
         traceback.print_exc()
         return 1
     return 0

@@ -1,13 +1,15 @@
 """Weights from one form to another: GGUF files and run folders to Hugging Face folders."""
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
 from rljax.checkpoint import CheckpointStore
-from rljax.config import ConfigError, MeshConfig, parse_config
+from rljax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, parse_config
 from rljax.models.gguf import convert_gguf, demo_gguf
-from rljax.policy import open_policy
+from rljax.models.hf import describe_architecture
+from rljax.policy import Policy, open_policy
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,10 @@ def convert(source: str, destination: str) -> None:
         convert_gguf(Path(source), destination)
     elif (Path(source) / "config.yaml").is_file():
         export_run(Path(source), destination)
+    elif (Path(source) / "config.json").is_file():
+        raise ConfigError(
+            f"source {source} is a Hugging Face folder already; give it as model.path, a run starts there"
+        )
     else:
         raise ConfigError(
             f"source {source!r} is not a .gguf file, not {DEMO!r}, and holds no config.yaml as a run folder does; "
@@ -38,9 +44,30 @@ def convert(source: str, destination: str) -> None:
     logger.info("wrote %s", destination)
 
 
+def save_description(policy: Policy, folder: Path) -> None:
+    """Writes what a Hugging Face folder holds beside the weights: with it in a run folder, `export_run` needs no other.
+
+    Files: config.json, generation_config.json (stop and pad ids), tokenizer.json, tokenizer_config.json.
+    """
+    tokenizer = policy.tokenizer
+    tokenizer.save(folder)
+    for name, content in (
+        ("config.json", describe_architecture(policy.arch)),
+        ("generation_config.json", {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
 def export_run(run_dir: Path, destination: str) -> None:
-    """The newest checkpoint of a run as a Hugging Face folder."""
-    config = parse_config([str(run_dir / "config.yaml")], prog="rljax convert")
+    """The newest checkpoint of a run as a Hugging Face folder.
+
+    Model and tokenizer are those described in `run_dir`/model, so a run can be moved; a run without that folder needs
+    the folders named in its config.yaml, as seen from the working directory.
+    """
+    if (run_dir / "model").is_dir():
+        config = RunConfig(model=ModelConfig(path=str(run_dir / "model")))
+    else:
+        config = parse_config([str(run_dir / "config.yaml")])
     # The devices here need not be those of the run; the checkpoint is read onto whatever mesh this machine makes.
     policy = open_policy(dataclasses.replace(config, mesh=MeshConfig()))
     store = CheckpointStore(run_dir / "checkpoints", None)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,9 @@ import yaml
 
 from rljax.checkpoint import CheckpointStore
 from rljax.cli import COMMANDS, USAGE_ERROR, main
-from rljax.config import ARCHITECTURES, RunConfig, parse_config
+from rljax.config import ARCHITECTURES, ConfigError, ModelConfig, RunConfig, dump_config, parse_config
 from rljax.data.tasks import TASKS
+from rljax.export import save_description
 from rljax.models import hf
 from rljax.policy import open_policy
 from rljax.rl.learner import state_shapes
@@ -114,22 +116,14 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must be refused and gives the one paragraph it says, on one line.
+    """Runs a command that must be refused and gives the one plain paragraph it says, on one line."""
 
-    `parser`: the flag parser found it out; it draws a box around what it says.
-    """
-
-    def run(*argv: str, parser: bool = False) -> str:
+    def run(*argv: str) -> str:
         capsys.readouterr()
         assert main(argv) == USAGE_ERROR == 64
-        said = capsys.readouterr().err.strip()
-        assert "Traceback" not in said
-        if parser:
-            assert said.count("For full helptext") == 1, said
-            said = re.sub("[╭╰│─╮╯]+|-{3,}", " ", said)  # drawn in ASCII where the terminal has nothing else
-        else:
-            assert said.startswith("error: ") and "\n" not in said, said
-        return " ".join(said.split())
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and said.endswith("\n"), said
+        return said.strip()
 
     return run
 
@@ -174,6 +168,14 @@ def test_help_of_the_others(name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert said.out.startswith(f"usage: rljax {name} ") and not said.err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_help_may_be_cut_short() -> None:
+    """As by `rljax train --help | head`."""
+    program = f"{shlex.quote(sys.executable)} -m rljax.cli train --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 64
     assert "usage: rljax COMMAND" in capsys.readouterr().out
@@ -210,6 +212,16 @@ def test_what_is_not_the_users_input_has_another_code(
     assert ("Traceback" in said and "disk full" in said) if code == 1 else "resumes from the last checkpoint" in said
 
 
+def test_only_a_run_is_said_to_resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("sft", "convert", "report"):
+        monkeypatch.setitem(COMMANDS, name, interrupt)
+        assert main([name]) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+
+
 # ------------------------------------------------------------------------------------------------ config files, flags
 
 
@@ -232,24 +244,39 @@ def test_a_config_that_is_no_mapping(tmp_path: Path, refused: Refused, text: str
     assert all(word in said for word in words), said
 
 
-def test_an_unknown_key_names_the_nearest(tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "typo.yaml").write_text("algorithm:\n  group_sise: 4\n")
-    for given in ([str(tmp_path / "typo.yaml")], ["--algorithm.group_sise", "4"]):
-        said = refused("train", *given, parser=True)
-        assert "Unrecognized options: --algorithm.group_sise" in said
-        assert "Perhaps you meant: --algorithm.group_size INT" in said
-
-
-def test_a_word_that_is_no_choice(tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "choice.yaml").write_text("data: {order: random}\n")
-    said = refused("train", str(tmp_path / "choice.yaml"), parser=True)
-    assert "invalid choice 'random' for argument '--data.order'" in said
-    assert "('file', 'curriculum', 'shuffle')" in said
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "algorithm:\n  group_sise: 4\n",
+            ["algorithm.group_sise", "is not a setting", "perhaps you meant algorithm.group_size;", "train --help"],
+        ),
+        ("steps: many\n", ["steps = 'many'", "must be a whole number", "default, 0"]),
+        (
+            "data: {order: random}\n",
+            ["data.order = 'random'", "must be one of file, curriculum, shuffle", "default, 'file'"],
+        ),
+        ("algorithm: 3\n", ["algorithm in ", "is a section", "such as algorithm.group_size"]),
+        ("steps: null\n", ["steps = null", "every field has a value", "remove the line"]),
+    ],
+    ids=["name", "type", "choice", "section", "null"],
+)
+def test_what_a_config_cannot_say(tmp_path: Path, refused: Refused, text: str, words: list[str]) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    said = refused("train", str(tmp_path / "bad.yaml"))
+    assert all(word in said for word in [*words, str(tmp_path / "bad.yaml")]), said
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (
+            ["--algorithm.group_sise", "4"],
+            ["--algorithm.group_sise is not", "you meant --algorithm.group_size;"],
+        ),
+        (["--zzz"], ["--zzz is not a setting; `rljax train --help` lists them"]),
+        (["--steps", "many"], ["--steps = 'many'", "must be a whole number"]),
+        (["--data.order=random"], ["--data.order = 'random'", "must be one of file, curriculum, shuffle"]),
         (["--algorithm.group_size", "1"], ["group_size = 1", "standard deviation", "use a group of at least 2"]),
         (
             ["--data.prompts_per_step", "9"],
@@ -258,13 +285,23 @@ def test_a_word_that_is_no_choice(tmp_path: Path, refused: Refused) -> None:
         (["--sampling.temperature", "0"], ["temperature = 0 samples greedily", "use a positive temperature"]),
         (["--optimizer.learning_rate", "nan"], ["learning_rate = nan", "at least 0", "--optimizer.learning_rate"]),
         (["--model.architecture", "qwen9"], ["'qwen9' is not known", "choose one of tiny", "or give model.path"]),
-        (["--steps", "many"], ["--steps", "'many'"]),
     ],
     ids=lambda value: value[0].removeprefix("--") if value[0].startswith("--") else "",
 )
-def test_values_that_cannot_be_meant(refused: Refused, flags: list[str], words: list[str]) -> None:
-    said = refused("train", *flags, parser=True)
+@pytest.mark.parametrize("name", ["train", "sft"])
+def test_what_flags_cannot_say(refused: Refused, name: str, flags: list[str], words: list[str]) -> None:
+    said = refused(name, *flags)
     assert all(word in said for word in words), said
+
+
+def test_an_error_of_several_lines_is_one_paragraph(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    """What is quoted in a message, a template's error or a path, may hold a line's end."""
+
+    def fail(argv: list[str]) -> None:
+        raise ConfigError("first 'a\nb';\n  give another\n")
+
+    monkeypatch.setitem(COMMANDS, "train", fail)
+    assert refused("train") == "error: first 'a b'; give another"
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -397,7 +434,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(place: Place, refused: Refused) 
 @pytest.mark.parametrize(("name", "takes"), [("convert", "SOURCE and DESTINATION"), ("report", "RUN_DIR")])
 def test_missing_arguments(refused: Refused, name: str, takes: str) -> None:
     said = refused(name)
-    assert f"rljax {name} was given 0 arguments" in said and f"give {takes}" in said
+    assert f"rljax {name} was given 0 argument(s)" in said and f"give {takes}" in said
 
 
 def test_convert_overwrites_nothing(place: Place, tmp_path: Path, refused: Refused) -> None:
@@ -416,6 +453,21 @@ def test_convert_of_an_unknown_source(tmp_path: Path, refused: Refused, source: 
     said = refused("convert", source, str(tmp_path / "new"))
     assert all(word in said for word in words), said
     assert not (tmp_path / "new").exists()
+
+
+def test_convert_of_a_folder_that_is_one_already(place: Place, tmp_path: Path, refused: Refused) -> None:
+    said = refused("convert", str(place.start), str(tmp_path / "new"))
+    assert f"source {place.start} is a Hugging Face folder already" in said and "give it as model.path" in said
+
+
+def test_sft_overwrites_nothing(place: Place, tmp_path: Path, refused: Refused) -> None:
+    """And says so before it trains."""
+    config, weights = str(place.root / "from_scratch.yaml"), (place.start / "model.safetensors").read_bytes()
+    said = refused("sft", config, "--sft.output", str(place.start), "--data.train", "task:char_count")
+    assert f"sft.output = {place.start} exists" in said and "give another folder, or remove it" in said
+    assert (place.start / "model.safetensors").read_bytes() == weights
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    assert f"sft.output = {tmp_path}/run/sft exists" in refused("sft", config, "--run_dir", str(tmp_path / "run"))
 
 
 def test_report_of_no_run(tmp_path: Path, refused: Refused) -> None:
@@ -511,6 +563,24 @@ def test_convert_gives_the_parameters_of_the_run(stopped: Path, tmp_path: Path, 
     assert differing(state.params, hf.load_params(exported, arch)) == []
     assert len(differing(state.params, hf.load_params(place.start, arch))) > 10  # it has learnt something
     assert (exported / "tokenizer.json").read_bytes() == (place.start / "tokenizer.json").read_bytes()
+
+
+def test_convert_needs_only_the_run_folder(
+    stopped: Path, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another machine, so to speak: the run was moved, and the folders it started from are not there."""
+    moved = Path(shutil.copytree(stopped, tmp_path / "moved"))
+    settings = parse_config([str(moved / "config.yaml")])
+    save_description(open_policy(settings), moved / "model")
+    gone = dataclasses.replace(settings, model=ModelConfig(path="gone/start", tokenizer="gone/tokenizer"))
+    (moved / "config.yaml").write_text(dump_config(gone) + "of_another_version: 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "moved", "exported"]) == 0
+    assert main(["convert", str(stopped), "as_ever"]) == 0
+    files = sorted(file.name for file in Path("as_ever").iterdir())
+    assert files == sorted(file.name for file in Path("exported").iterdir()) and "model.safetensors" in files
+    for name in files:
+        assert (Path("exported") / name).read_bytes() == (Path("as_ever") / name).read_bytes(), name
 
 
 def test_report_writes_the_page_again(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,16 +2,20 @@
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import pytest
+import yaml
 
 from rljax.config import (
     _AT_LEAST_ONE,
     _AT_LEAST_ZERO,
+    _KINDS,
+    _REQUIRED,
     ARCHITECTURES,
     NOMINAL_PARAMS,
     Architecture,
@@ -127,6 +131,8 @@ def test_null_is_refused_and_never_the_text_none(tmp_path: Path, text: str, name
         ("- seed\n- 1\n", "holds a list; it must be a mapping"),
         ("just words\n", "holds a str; it must be a mapping"),
         ("a: [1\nb: {\n", "is not YAML .*line 2.*fix the line"),
+        ("a: \x00", "is not YAML .*fix the line"),
+        ("seed: 2025-02-30", "is not YAML .*day is out of range.*fix the line"),
     ],
 )
 def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, says: str) -> None:
@@ -136,17 +142,125 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, says: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x81")
+    with pytest.raises(ConfigError, match=r"binary\.yaml is not YAML \('utf-8' .*; fix the line or the bytes"):
+        parse_config([str(tmp_path / "binary.yaml")])
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml does not exist; give the path of a YAML file"):
         parse_config([str(tmp_path / "absent.yaml")])
 
 
-@pytest.mark.parametrize("text", ["steps: 2.5", "seed: true", "algorithm: {loss: ppo}", "algorithm: 3", "3: 4"])
-def test_a_value_of_another_type_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("steps: 2.5", "steps = 2.5 in FILE must be a whole number; .* default, 0"),
+        ("steps: [3]", r"steps = \[3\] in FILE must be a whole number; "),
+        ("seed: true", "seed = True in FILE must be a whole number; "),
+        ("seed: {a: 1}", "seed = {'a': 1} in FILE must be a whole number; "),
+        ("optimizer: {b1: high}", "optimizer.b1 = 'high' in FILE must be a number; "),
+        (f"optimizer: {{b1: 1{'0' * 400}}}", "optimizer.b1 = 10+ in FILE must be a number; "),
+        ("algorithm: {loss: ppo}", "algorithm.loss = 'ppo' in FILE must be one of clip; give that, or leave it out"),
+        ("logging: {tensorboard: 2}", "logging.tensorboard = 2 in FILE must be true or false; "),
+        ("logging: {wandb: yes}", "logging.wandb = True in FILE must be text in quotes; "),
+        ("model: {revision: 0012}", "model.revision = 10 in FILE must be text in quotes; "),
+        ("sampling: {stop_token_ids: 1}", "sampling.stop_token_ids = 1 in FILE must be a list of whole numbers, "),
+        (
+            "sampling: {stop_token_ids: [1, x]}",
+            r"stop_token_ids = \[1, 'x'\] in FILE must be a list of whole ",
+        ),
+        ("algorithm: 3", "algorithm in FILE is a section, not a value; give its fields, such as algorithm.group_s"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says.replace("FILE", re.escape(str(tmp_path / "0.yaml")))):
         parse_text(tmp_path, text)
-    assert stop.value.code
-    assert f"--{text.partition(':')[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (
+            "algorithm: {group_sise: 4}",
+            "algorithm.group_sise in FILE is not a setting; perhaps you meant algorithm.g",
+        ),
+        (
+            "algorithm.group_sise: 4",
+            "algorithm.group_sise in FILE is not a setting; perhaps you meant algorithm.group",
+        ),
+        ("algorythm: {group_size: 4}", "algorythm.group_size in FILE .* perhaps you meant algorithm.group_size;"),
+        ("algorythm: {}", "algorythm in FILE is not a setting; "),
+        ("algorythm:", "algorythm in FILE is not a setting; "),
+        ("step: 4", "step in FILE is not a setting; perhaps you meant steps;"),
+        ("group_sise: 4", "group_sise in FILE is not a setting; perhaps you meant algorithm.group_size;"),
+        ("learning_rate: 1", "perhaps you meant optimizer.learning_rate or sft.learning_rate;"),
+        ("evaluation: {max_token: 4}", "perhaps you meant evaluation.max_completion_tokens;"),
+        ("sampling: {temprature: 4}", "perhaps you meant sampling.temperature;"),
+        ("optimizer: {lr: 4}", "optimizer.lr in FILE is not a setting; `rljax train"),
+        ("zzz: 4", "zzz in FILE is not a setting; `rljax train --help` lists them"),
+        ("3: 4", "3 in FILE is not a setting; `rljax train --help` lists them"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(tmp_path: Path, text: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint.replace("FILE", re.escape(str(tmp_path / "0.yaml")))):
+        parse_text(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--algorithm.group_sise=4"], "^--algorithm.group_sise is not .* perhaps you meant --algorithm.group_size;"),
+        (
+            ["--algorithm.group-size", "4"],
+            "^--algorithm.group-size is not .* you meant --algorithm.group_size;",
+        ),
+        (["--steps", "many"], "^--steps = 'many' must be a whole number; "),
+        (["--steps", "3", "4"], "^--steps was given 2 values: 3, 4; it takes one"),
+        (["--run_dir", "--seed", "3"], "^--run_dir was given 0 values; it takes one, .* --run_dir=TEXT"),
+        (["--steps"], "^--steps was given 0 values; it takes one"),
+        (["--algorithm", "3"], "^--algorithm is a section, not a value; give its fields, such as --algorithm.group_si"),
+        (["--logging.tensorboard"], "^--logging.tensorboard was given 0 values; it takes one"),
+        (["--logging.tensorboard", "maybe"], "^--logging.tensorboard = 'maybe' must be true or false; "),
+        (
+            ["--sampling.stop_token_ids", "1", "x"],
+            r"stop_token_ids = \['1', 'x'\] must be a list of whole ",
+        ),
+        (["quickstart"], "^'quickstart' is neither a YAML file nor a flag; .* --section.field VALUE"),
+        (["-x"], "^'-x' is neither a YAML file nor a flag; "),
+    ],
+)
+def test_flags_that_cannot_be_meant(argv: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config(argv)
+
+
+def test_flags_of_every_kind() -> None:
+    argv = ["--mesh.fsdp", "-1", "--run_dir=--x", "--data.system_prompt", "", "--sampling.stop_token_ids", "1", "2"]
+    argv += ["--logging.tensorboard", "True", "--optimizer.eps", "1e-3", "--data.train=a=b.yaml"]
+    assert parse_config(argv) == replaced(
+        run_dir="--x",
+        sampling={"stop_token_ids": (1, 2)},
+        logging={"tensorboard": True},
+        optimizer={"eps": 1e-3},
+        data={"train": "a=b.yaml"},
+    )
+    assert parse_config(["--sampling.stop_token_ids", "1", "--sampling.stop_token_ids"]).sampling.stop_token_ids == ()
+
+
+def test_every_field_can_be_given(tmp_path: Path) -> None:
+    """In YAML and as flags: no field is of a kind that cannot be read."""
+    tree = yaml.safe_load(dump_config(RunConfig()))
+    flags = []
+    for section, value in tree.items():
+        for name, field in value.items() if isinstance(value, dict) else [("", value)]:
+            flags.append(f"--{section}{'.' * bool(name)}{name}")
+            flags += map(str, field) if isinstance(field, list) else [str(field)]
+    assert len(flags) > 120
+    assert set(flags) >= {f"--{name}" for name in _KINDS}
+    assert all(get_origin(kind) is Literal or kind in _REQUIRED for kind in _KINDS.values())  # or no message fits
+    assert parse_config(flags) == parse_text(tmp_path, yaml.safe_dump(tree)) == RunConfig()
 
 
 def test_there_are_configs() -> None:
