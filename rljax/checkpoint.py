@@ -287,7 +287,8 @@ _MAY_CHANGE = (
     # Where a run is written, how long it goes on, what is seen of it.
     *("run_dir", "steps", "logging", "checkpoint", "evaluation.every"),
     # Where and in which portions the same thing is computed: other devices, less memory.
-    *("mesh", "model.remat", "sampling.chunk_tokens", "algorithm.microbatch_tokens", "evaluation.batch_prompts"),
+    *("mesh", "model.remat", "algorithm.microbatch_tokens"),
+    *("sampling.chunk_tokens", "sampling.cache_growth", "sampling.compact", "sampling.refill", "sampling.max_rows"),
     "reward.workers",
 )
 """Fields, or whole sections, that a continued run may give anew."""

@@ -6,10 +6,11 @@ Checks never change a value: a contradiction is a `ConfigError` that says what w
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -164,6 +165,14 @@ class SamplingConfig:
     """0 is greedy; training needs > 0."""
     chunk_tokens: int = 32
     """Tokens decoded per call of the jitted loop; the host looks at the rows between calls."""
+    cache_growth: float = 1.5
+    """Factor between the sizes of the growing cache of completions; 1: full length from the start."""
+    compact: bool = True
+    """Halve the batch when half of its completions have ended."""
+    refill: bool = True
+    """Completions that do not fit at once take the places of ended ones; False: they wait for the next wave."""
+    max_rows: int = 0
+    """Completions decoded at once; 0: as many as the free memory holds."""
     stop_token_ids: tuple[int, ...] = ()
     """Empty: those of the model's `generation_config` (base and instruct models differ)."""
 
@@ -253,8 +262,6 @@ class EvaluationConfig:
     """0: as `sampling`."""
     max_prompts: int = 0
     """First so many records; 0: all (for a task: 256)."""
-    batch_prompts: int = 0
-    """Prompts per generate call; 0: as many as a training step samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +321,7 @@ _AT_LEAST_ONE = (
     "data.task_records",
     "sampling.max_completion_tokens",
     "sampling.chunk_tokens",
+    "sampling.cache_growth",
     "reward.workers",
     "algorithm.group_size",
     "algorithm.updates_per_step",
@@ -347,7 +355,7 @@ _AT_LEAST_ZERO = (
     "evaluation.temperature",
     "evaluation.max_completion_tokens",
     "evaluation.max_prompts",
-    "evaluation.batch_prompts",
+    "sampling.max_rows",
     "checkpoint.every",
     "logging.rollouts",
 )
@@ -408,21 +416,141 @@ def _check_algorithm(config: RunConfig) -> None:
 
 
 def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig:
-    """Config from `[FILE.yaml ...] [--a.b value ...]`.
-
-    YAML keys go through the same parser as flags, so both have one set of rules and one kind of message.
+    """Config from `[FILE.yaml ...] [--a.b value ...]`; flags win wherever they stand.
 
     Raises:
-      ConfigError: a file is missing, is not a YAML mapping, or holds null.
-      SystemExit: the parser refused a key or value (it has printed why, with the nearest real name), or `--help`.
+      ConfigError: a file is missing or holds no YAML mapping; a name is no setting; a value is not of its kind.
+      SystemExit: after `--help`.
     """
-    import tyro  # 0.1 s: not paid by who only reads a shape
+    if "--help" in argv or "-h" in argv:
+        import tyro  # 0.1 s
 
-    files = [a for a in argv if a.endswith((".yaml", ".yml")) and not a.startswith("-")]
-    flags = [a for a in argv if a not in files]
-    for file in reversed(files):
-        flags = _as_flags(read_yaml(file)) + flags
-    return tyro.cli(RunConfig, args=flags, prog=prog, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+        off = tyro.conf.FlagConversionOff
+        tyro.cli(RunConfig, args=["--help"], prog=prog, config=(off,), use_underscores=True)
+    files, flags = _split_arguments(argv)
+    given: dict[str, Any] = {}
+    for file in files:
+        given |= {name: _read(name, value, where=f" in {file}") for name, value in _flatten(read_yaml(file)).items()}
+    for name, texts in flags:
+        single = name in _KINDS and get_origin(_KINDS[name]) is not tuple
+        if single and len(texts) != 1:
+            raise ConfigError(
+                f"--{name} was given {len(texts)} values{': ' * bool(texts)}{', '.join(texts)}; it takes one, write "
+                f"--{name} VALUE, or --{name}=TEXT where the text begins with dashes"
+            )
+        given[name] = _read(name, texts[0] if single else texts, prefix="--")
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
+        section, _, field = name.rpartition(".")
+        sections.setdefault(section, {})[field] = value
+    top, default = sections.pop("", {}), RunConfig()
+    changed = {name: dataclasses.replace(getattr(default, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(default, **top, **changed)
+
+
+def _split_arguments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """(YAML files, [(name, values)]): `--a 1 2` is ("a", ["1", "2"]); after `--a=` any text is a value."""
+    files: list[str] = []
+    flags: list[tuple[str, list[str]]] = []
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            flags.append((name, [value] if equals else []))
+        elif argument.endswith((".yaml", ".yml")):
+            files.append(argument)
+        elif flags:
+            flags[-1][1].append(argument)
+        else:
+            raise ConfigError(
+                f"{argument!r} is neither a YAML file nor a flag; give CONFIG.yaml files and --section.field VALUE"
+            )
+    return files, flags
+
+
+def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """{"algorithm": {"group_size": 8}} -> {"algorithm.group_size": 8}; a mapping where a value belongs stays one."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        descend = isinstance(value, dict) and name not in _KINDS and (value or name in _SECTIONS)
+        flat |= _flatten(value, f"{name}.") if descend else {name: value}
+    return flat
+
+
+def _read(name: str, value: Any, *, prefix: str = "", where: str = "") -> Any:
+    """`value`, as YAML or a flag gives it, as the kind of setting `name`; `prefix` and `where` are for the message."""
+    if value is None and (name in _KINDS or name in _SECTIONS):
+        raise ConfigError(
+            f"{name} = null{where}, and every field has a value; give one ('' is empty text), or remove the line to "
+            "keep the default"
+        )
+    if name in _SECTIONS:
+        field = next(known for known in _KINDS if known.startswith(f"{name}."))
+        raise ConfigError(f"{prefix}{name}{where} is a section, not a value; give its fields, such as {prefix}{field}")
+    if name not in _KINDS:
+        nearest = " or ".join(f"{prefix}{known}" for known in _nearest(name))
+        hint = f"perhaps you meant {nearest}; " if nearest else ""
+        raise ConfigError(f"{prefix}{name}{where} is not a setting; {hint}`rljax train --help` lists them")
+    kind = _KINDS[name]
+    try:
+        return _convert(value, kind)
+    except (ValueError, OverflowError):
+        required = _REQUIRED.get(kind) or f"one of {', '.join(get_args(kind))}"
+        raise ConfigError(
+            f"{prefix}{name} = {value!r}{where} must be {required}; give that, or leave it out for the default, "
+            f"{_field(RunConfig(), name)!r}"
+        ) from None
+
+
+def _nearest(name: str) -> list[str]:
+    """Settings that `name` may be a slip of: what is spelt like it in its section, else in any."""
+    section, _, field = name.rpartition(".")
+    for known in ([k for k in _KINDS if k.rpartition(".")[0] == section], list(_KINDS)):
+        near = difflib.get_close_matches(field, [k.rpartition(".")[2] for k in known], n=1)
+        if near:
+            return [k for k in known if k.rpartition(".")[2] == near[0]]
+    return []
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value`, from YAML or as text, as `kind`; `ValueError` or `OverflowError` when it is something else.
+
+    Text may be a number, for YAML 1.1 reads 1e-3 as text; nothing else becomes text, for 0012 is 10 by now.
+    """
+    origin = get_origin(kind)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(item, get_args(kind)[0]) for item in value)
+    if origin is Literal and value in get_args(kind):
+        return value
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (int, float, str) and isinstance(value, str):
+        return kind(value)
+    if kind in (int, float) and type(value) in (int, kind):
+        return kind(value)
+    raise ValueError
+
+
+_REQUIRED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text in quotes",
+    tuple[int, ...]: "a list of whole numbers, [1, 2] in YAML and 1 2 after a flag",
+}
+
+
+def _kinds(section: Any, prefix: str = "") -> dict[str, Any]:
+    """{"algorithm.group_size": int} for every field of a section and of those inside it."""
+    kinds: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        name = f"{prefix}{field.name}"
+        kinds |= _kinds(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field.type}
+    return kinds
+
+
+_KINDS = _kinds(RunConfig)
+_SECTIONS = {name.rpartition(".")[0] for name in _KINDS} - {""}
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -435,10 +563,10 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
             f"config file {file} does not exist; give the path of a YAML file such as configs/quickstart.yaml"
         )
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
         raise ConfigError(
-            f"config file {file} is not YAML ({' '.join(str(error).split())}); fix the line it names"
+            f"config file {file} is not YAML ({' '.join(str(error).split())}); fix the line or the bytes it names"
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -446,25 +574,6 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
             "`field: value` lines below"
         )
     return tree
-
-
-def _as_flags(tree: dict[str, Any], prefix: str = "--") -> list[str]:
-    """{"algorithm": {"group_size": 8}} -> ["--algorithm.group_size=8"]; "=" lets a value begin with a dash."""
-    flags: list[str] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flags += _as_flags(value, f"{prefix}{key}.")
-        elif value is None:
-            name = f"{prefix}{key}".removeprefix("--")
-            raise ConfigError(
-                f"{name} = null in a config file, and every field has a value; give one ('' is empty text), or remove "
-                "the line to keep the default"
-            )
-        elif isinstance(value, list):
-            flags += [f"{prefix}{key}", *map(str, value)]
-        else:
-            flags.append(f"{prefix}{key}={value}")
-    return flags
 
 
 def dump_config(config: RunConfig) -> str:

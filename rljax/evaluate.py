@@ -1,7 +1,6 @@
 """Held-out measurement with the training sampler and the training rewards: test_loss = 1 - pass@1."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,43 +10,77 @@ from rljax.config import EvaluationConfig, RunConfig
 from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, stack_prompts, with_system
 from rljax.data.records import read_records
 from rljax.rewards.dispatch import verifier_for
-from rljax.rewards.pool import RewardItem, RewardPool, Verdict, summarise
+from rljax.rewards.pool import RewardHandle, RewardItem, RewardPool, Verdict, summarise
 from rljax.sampling.engine import Sampler
 from rljax.tokenizer import Tokenizer
-from rljax.types import LENGTH, Rollouts
+from rljax.types import LENGTH, Prompts, Rollouts
 
 STOP_REASONS = {0: "stop", LENGTH: "length"}
 
 
-def score_rollouts(
-    rollouts: Rollouts, tokenizer: Tokenizer, pool: RewardPool, verifier: str
-) -> tuple[np.ndarray, list[str], list[Verdict]]:
-    """(rewards [P, G] float32, completions as text, verdicts), the latter two row by row."""
-    texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(rollouts.tokens, rollouts.lengths, strict=True)]
-    records = [record for record in rollouts.prompts.records for _ in range(rollouts.group_size)]
-    items = [
-        RewardItem(verifier_for(record.data_source, verifier), text, record.ground_truth, record.extra_info)
-        for record, text in zip(records, texts, strict=True)
-    ]
-    verdicts = pool.score(items)
-    rewards = np.array([verdict.score for verdict in verdicts], np.float32).reshape(-1, rollouts.group_size)
-    return rewards, texts, verdicts
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Rollouts with their rewards."""
+
+    rollouts: Rollouts
+    rewards: np.ndarray  # [P, G] float32
+    texts: list[str]  # row by row, as the verdicts
+    verdicts: list[Verdict]
 
 
-def rollout_rows(
-    rollouts: Rollouts, rewards: np.ndarray, texts: Sequence[str], verdicts: Sequence[Verdict], count: int
-) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class BeingScored:
+    """Rollouts whose rewards are on their way."""
+
+    rollouts: Rollouts
+    groups: list[tuple[list[str], RewardHandle]]  # by prompt
+
+    def wait(self) -> Scored:
+        """Waits for the last verdict; most came in while other completions were still being decoded."""
+        texts = [text for group, _ in self.groups for text in group]
+        verdicts = [verdict for _, handle in self.groups for verdict in handle.result()]
+        rewards = np.array([verdict.score for verdict in verdicts], np.float32).reshape(-1, self.rollouts.group_size)
+        return Scored(self.rollouts, rewards, texts, verdicts)
+
+
+def sample(
+    sampler: Sampler,
+    prompts: Prompts,
+    group_size: int,
+    tokenizer: Tokenizer,
+    pool: RewardPool,
+    verifier: str,
+    **draw: Any,
+) -> BeingScored:
+    """Completions of `prompts`; a group goes to the verifiers as soon as it is whole.
+
+    `draw` is passed on to `Sampler.generate`.
+    """
+    groups: dict[int, tuple[list[str], RewardHandle]] = {}
+
+    def submit(place: int, group: Rollouts) -> None:
+        record = prompts.records[place]
+        texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(group.tokens, group.lengths, strict=True)]
+        name = verifier_for(record.data_source, verifier)
+        items = [RewardItem(name, text, record.ground_truth, record.extra_info) for text in texts]
+        groups[place] = texts, pool.submit(items)
+
+    rollouts = sampler.generate(prompts, group_size, on_group=submit, **draw)
+    return BeingScored(rollouts, [groups[place] for place in range(len(prompts))])
+
+
+def rollout_rows(scored: Scored, count: int) -> list[dict[str, Any]]:
     """The first `count` completions as JSON-able rows for people to read."""
-    rows = []
-    for row in range(min(count, len(texts))):
+    rows, rollouts = [], scored.rollouts
+    for row in range(min(count, len(scored.texts))):
         record = rollouts.prompts.records[row // rollouts.group_size]
         rows.append(
             {
                 "prompt": record.prompt[-1]["content"],
-                "completion": texts[row],
+                "completion": scored.texts[row],
                 "ground_truth": record.ground_truth,
-                "reward": float(rewards.reshape(-1)[row]),
-                "status": verdicts[row].status,
+                "reward": float(scored.rewards.reshape(-1)[row]),
+                "status": scored.verdicts[row].status,
                 "stop_reason": STOP_REASONS[int(rollouts.stop_reasons[row])],
                 "tokens": int(rollouts.lengths[row]),
             }
@@ -84,37 +117,25 @@ class Evaluation:
         self._records, self._encoded, self.dropped = drop_overlong(
             records, encoded, config.data.max_prompt_tokens, config.data.overlong
         )
-        self._slots = prompt_slots(self._encoded)
+        places = np.arange(len(self._records))
+        self._prompts = stack_prompts(self._records, self._encoded, places, prompt_slots(self._encoded))
         self._tokenizer = tokenizer
-        rows = config.data.prompts_per_step * config.algorithm.group_size
-        by_default = max(1, rows // self._config.samples_per_prompt)
-        self._batch = min(len(self._records), self._config.batch_prompts or by_default)
 
     def run(self, sampler: Sampler, pool: RewardPool, key: jax.Array, *, keep_rows: int = 4) -> EvaluationResult:
-        """Samples and scores every prompt. The draws depend on `key` and each prompt's place, not on the batches."""
-        count = len(self._records)
-        scores, rows, verdicts = [], [], []
-        tokens = truncated = 0
-        for start in range(0, count, self._batch):
-            # The last batch is filled up with prompts already measured, so that one program serves all.
-            places = np.arange(start, start + self._batch) % count
-            records, encoded = [self._records[i] for i in places], [self._encoded[i] for i in places]
-            rollouts = sampler.generate(
-                stack_prompts(records, encoded, places, self._slots),
-                self._config.samples_per_prompt,
-                key=key,
-                temperature=self._config.temperature,
-                max_completion_tokens=self._cap,
-            )
-            rollouts = first_prompts(rollouts, min(self._batch, count - start))
-            rewards, texts, judged = score_rollouts(rollouts, self._tokenizer, pool, self._verifier)
-            scores.append(rewards)
-            verdicts += judged
-            tokens += int(rollouts.lengths.sum())
-            truncated += int((rollouts.stop_reasons == LENGTH).sum())
-            rows += rollout_rows(rollouts, rewards, texts, judged, keep_rows - len(rows))
-        all_scores = np.concatenate(scores)
-        per_prompt = all_scores.mean(axis=1, dtype=np.float64)
+        """Samples and scores every prompt. A draw depends on `key` and the prompt's place only."""
+        scored = sample(
+            sampler,
+            self._prompts,
+            self._config.samples_per_prompt,
+            self._tokenizer,
+            pool,
+            self._verifier,
+            key=key,
+            temperature=self._config.temperature,
+            max_completion_tokens=self._cap,
+        ).wait()
+        rollouts, verdicts, count = scored.rollouts, scored.verdicts, len(self._prompts)
+        per_prompt = scored.rewards.mean(axis=1, dtype=np.float64)
         passed = float(per_prompt.mean())
         metrics = {
             "eval/pass@1": passed,
@@ -122,28 +143,8 @@ class Evaluation:
             # Prompts are the independent draws, samples of one prompt are not: clustered by prompt.
             "eval/standard_error": float(per_prompt.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
             "eval/num_prompts": float(count),
-            "eval/completion_length_tokens": tokens / len(verdicts),
-            "eval/truncated_fraction": truncated / len(verdicts),
+            "eval/completion_length_tokens": float(rollouts.lengths.mean()),
+            "eval/truncated_fraction": float(np.mean(rollouts.stop_reasons == LENGTH)),
             **{name.replace("reward/", "eval/"): share for name, share in summarise(verdicts).items()},
         }
-        return EvaluationResult(all_scores, metrics, rows)
-
-
-def first_prompts(rollouts: Rollouts, count: int) -> Rollouts:
-    """The rollouts of the first `count` prompts."""
-    prompts, rows = rollouts.prompts, count * rollouts.group_size
-    kept = dataclasses.replace(
-        prompts,
-        tokens=prompts.tokens[:count],
-        lengths=prompts.lengths[:count],
-        positions=prompts.positions[:count],
-        records=prompts.records[:count],
-    )
-    return dataclasses.replace(
-        rollouts,
-        prompts=kept,
-        tokens=rollouts.tokens[:rows],
-        lengths=rollouts.lengths[:rows],
-        behaviour_logprobs=rollouts.behaviour_logprobs[:rows],
-        stop_reasons=rollouts.stop_reasons[:rows],
-    )
+        return EvaluationResult(scored.rewards, metrics, rollout_rows(scored, keep_rows))

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rljax.config import ARCHITECTURES, Architecture, ConfigError, RunConfig
+from rljax.config import ARCHITECTURES, Architecture, ConfigError, RunConfig, SamplingConfig
 from rljax.data.tasks import TASKS
 from rljax.mesh import LEARNER_RULES, make_mesh, param_shardings
 from rljax.models import hf, qwen2
-from rljax.sampling.engine import Sampler
+from rljax.sampling.engine import EngineOptions, Sampler
 from rljax.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
 
 _TASK_PREFIX = "task:"
@@ -46,14 +46,21 @@ class Policy:
         make = jax.jit(lambda key: qwen2.init(key, self.arch), out_shardings=shardings)
         return make(jax.random.key(seed))
 
-    def sampler(self, chunk_tokens: int) -> Sampler:
+    def sampler(self, config: SamplingConfig) -> Sampler:
         """A sampler of this policy; it holds no parameters until `sync`."""
         return Sampler(
+            None,
             self.arch,
             self.mesh,
             stop_ids=self.tokenizer.stop_ids,
             compute_dtype=self.compute_dtype,
-            chunk_tokens=chunk_tokens,
+            options=EngineOptions(
+                chunk_tokens=config.chunk_tokens,
+                growth=config.cache_growth,
+                compact=config.compact,
+                refill=config.refill,
+                max_rows=config.max_rows,
+            ),
         )
 
     def export(self, params: qwen2.Params, folder: str | Path) -> None:

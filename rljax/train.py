@@ -22,7 +22,7 @@ from rljax.costs import paper_flops, scaling_params
 from rljax.data.pipeline import PromptPipeline, open_pipeline
 from rljax.data.records import read_records
 from rljax.data.reuse import steps_for
-from rljax.evaluate import Evaluation, EvaluationResult, rollout_rows, score_rollouts
+from rljax.evaluate import Evaluation, EvaluationResult, rollout_rows, sample
 from rljax.mesh import num_row_shards
 from rljax.metrics import CurveRow, MetricSink, PhaseTimer, Progress, to_floats
 from rljax.policy import Policy, memory_gib, open_policy
@@ -172,7 +172,7 @@ def _open_run(
         reference = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(policy.compute_dtype), p))(params)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
-    sampler = policy.sampler(config.sampling.chunk_tokens)
+    sampler = policy.sampler(config.sampling)
     sampler.sync(state.params)
     return Run(
         config=config,
@@ -214,15 +214,20 @@ def _step(run: Run, step: int) -> dict[str, float]:
         with timer("data"):
             prompts = next(run.pipeline)
         with timer("sample"):
-            rollouts = run.sampler.generate(
+            sampling = sample(
+                run.sampler,
                 prompts,
                 config.algorithm.group_size,
+                run.policy.tokenizer,
+                run.pool,
+                config.reward.name,
                 key=jax.random.fold_in(run.key, _TRAIN_DRAWS),
                 temperature=config.sampling.temperature,
                 max_completion_tokens=config.sampling.max_completion_tokens,
             )
-        with timer("reward"):
-            rewards, texts, verdicts = score_rollouts(rollouts, run.policy.tokenizer, run.pool, config.reward.name)
+        with timer("reward"):  # what is left of it: groups are scored while others are being decoded
+            scored = sampling.wait()
+        rollouts, rewards, sampled = scored.rollouts, scored.rewards, run.sampler.stats
         advantages = group_advantages(rewards, config.algorithm.advantage, config.algorithm.advantage_eps)
         with timer("update"):
             metrics = to_floats(run.learner.step(train_batch(rollouts, advantages)) | group_metrics(rewards))
@@ -238,15 +243,18 @@ def _step(run: Run, step: int) -> dict[str, float]:
             with timer("checkpoint"):
                 run.store.save(step, run.learner.state, _host_state(run))
     if config.logging.rollouts:
-        run.sink.write_rollouts(step, rollout_rows(rollouts, rewards, texts, verdicts, config.logging.rollouts))
+        run.sink.write_rollouts(step, rollout_rows(scored, config.logging.rollouts))
     seconds = timer.take()
     return {
         **metrics,
-        **summarise(verdicts),
-        "completion/length_tokens": completion_tokens / len(texts),
+        **summarise(scored.verdicts),
+        "completion/length_tokens": completion_tokens / len(rollouts.lengths),
         "completion/length_max_tokens": float(rollouts.lengths.max()),
         "completion/truncated_fraction": float(np.mean(rollouts.stop_reasons == LENGTH)),
         "throughput/sampled_tokens_per_second": completion_tokens / seconds["time/sample_seconds"],
+        "sampler/live_row_fraction": sampled.live_row_steps / max(sampled.row_steps, 1),
+        "sampler/used_slot_fraction": sampled.suffix_slots_used / max(sampled.suffix_slots_read, 1),
+        "throughput/sampler_programs": float(sampled.programs),
         "progress/prompts_seen": run.counters.samples,
         "progress/tokens": run.counters.tokens,
         "progress/compute_flops": run.counters.flops,

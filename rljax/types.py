@@ -1,10 +1,11 @@
 """The records that cross files. Read these, and the rest of the project is functions between them.
 
 Letters: P prompts, G group size, B = P*G completions, S prompt slots, R completion slots, T learner positions.
-Every `[B, T]` array is token-aligned: index t is about `tokens[:, t]`. The one shift is in `rl/logprobs.py`.
+Every `[B, T]` array is token-aligned: index t is about `tokens[:, t]`. The one shift is in `models/scoring.py`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ class Prompts:
 
 
 STOP, LENGTH = 0, 1
-"""Stop reasons: a stop token was sampled; the completion reached the cap."""
+"""Stop reasons: a stop token or a stop string was sampled; the completion reached the cap."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,30 @@ class Rollouts:
     lengths: np.ndarray  # [B] int32, 1..R
     behaviour_logprobs: np.ndarray  # [B, R] float32 of the distribution sampled; 0 after `lengths`
     stop_reasons: np.ndarray  # [B] int8, STOP or LENGTH
+    kept_mass: np.ndarray | None = None
+    """[B, R] float32, share of the full distribution that truncation left: log p_full = log p + log(kept_mass); 1 after
+    `lengths`. None: nothing was cut."""
+
+
+def select_prompts(rollouts: Rollouts, places: Sequence[int] | np.ndarray) -> Rollouts:
+    """The rollouts of the prompts at `places`, copied."""
+    prompts, places = rollouts.prompts, np.asarray(places)
+    rows = (places[:, None] * rollouts.group_size + np.arange(rollouts.group_size)).reshape(-1)
+    kept = Prompts(
+        tokens=prompts.tokens[places],
+        lengths=prompts.lengths[places],
+        positions=prompts.positions[places],
+        records=tuple(prompts.records[place] for place in places),
+    )
+    return Rollouts(
+        prompts=kept,
+        group_size=rollouts.group_size,
+        tokens=rollouts.tokens[rows],
+        lengths=rollouts.lengths[rows],
+        behaviour_logprobs=rollouts.behaviour_logprobs[rows],
+        stop_reasons=rollouts.stop_reasons[rows],
+        kept_mass=None if rollouts.kept_mass is None else rollouts.kept_mass[rows],
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -22,7 +22,7 @@ from rljax.models import qwen2
 from rljax.rl.learner import Learner, fresh_state, state_shapes
 from rljax.rl.packing import train_batch
 from rljax.rl.update import Compute
-from rljax.sampling.engine import Sampler
+from rljax.sampling.engine import EngineOptions, Sampler
 
 def run(mesh):
     shapes = qwen2.param_shapes(TINY)
@@ -30,7 +30,7 @@ def run(mesh):
     shapes = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
     params = qwen2.init(jax.random.key(0), TINY)
     params = jax.device_put(jax.tree.map(lambda x: x * 5, params), shardings)
-    sampler = Sampler(TINY, mesh, stop_ids=(1,), chunk_tokens=8)
+    sampler = Sampler(None, TINY, mesh, stop_ids=(1,), options=EngineOptions(chunk_tokens=8))
     sampler.sync(params)
     rollouts = sampler.generate(make_prompts([5, 9, 3, 7, 12, 4], slots=16), 8, key=jax.random.key(1), temperature=1.0,
                                 max_completion_tokens=24)

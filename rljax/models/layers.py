@@ -37,10 +37,15 @@ def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> Rope:
 
 
 def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates the halves of `x` [..., heads, H] against each other, without building a rotated copy."""
+    """Rotates the halves of `x` [..., heads, H] against each other: x1 cos - x2 sin, x2 cos + x1 sin.
+
+    Written without a concatenation, which XLA:CPU does element by element.
+    """
     cos, sin = rope
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    signs = jnp.array([[-1.0], [1.0]], jnp.float32)
+    rotated = halves * cos[..., None, :] + halves[..., ::-1, :] * (signs * sin[..., None, :])
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def project_qkv(weights: Weights, arch: Architecture, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -59,6 +64,13 @@ def project_qkv(weights: Weights, arch: Architecture, x: jax.Array) -> tuple[jax
     if arch.qkv_bias:
         q, k, v = (y + weights[f"{name}_bias"].astype(x.dtype) for name, y in zip("qkv", (q, k, v), strict=True))
     return q, k, v
+
+
+def project_out(weights: Weights, context: jax.Array) -> jax.Array:
+    """[..., D] from the heads' `context` [..., N, H]; the sampler's matrix has N and H merged."""
+    if weights["o"].ndim == 2:
+        return dot("...e,ed->...d", context.reshape(*context.shape[:-2], -1), weights["o"])
+    return dot("...nh,nhd->...d", context, weights["o"])
 
 
 def swiglu(weights: Weights, x: jax.Array) -> jax.Array:
@@ -84,6 +96,6 @@ def decoder_block(
             q = rms_norm(q, weights["q_norm"], arch.rms_norm_eps)
             k = rms_norm(k, weights["k_norm"], arch.rms_norm_eps)
         context, kept = attend(apply_rope(q, rope), apply_rope(k, rope), v)
-        x = x + dot("...nh,nhd->...d", context, weights["o"])
+        x = x + project_out(weights, context)
     with jax.named_scope("mlp"):
         return x + swiglu(weights, rms_norm(x, weights["mlp_norm"], arch.rms_norm_eps)), kept

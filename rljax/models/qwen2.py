@@ -169,6 +169,7 @@ def sampler_params(params: Params, arch: Architecture, compute_dtype: Any) -> Pa
             q_bias = fused.pop("q_bias").reshape(arch.num_kv_heads, groups, arch.head_dim)
             k_bias, v_bias = fused.pop("k_bias")[:, None], fused.pop("v_bias")[:, None]
             fused["qkv_bias"] = jnp.concatenate([q_bias, k_bias, v_bias], axis=1)
+        fused["o"] = weights["o"].reshape(-1, arch.hidden_size)
         fused["gate_up"] = jnp.stack([weights["gate"], weights["up"]], axis=1)
         return fused
 
@@ -182,6 +183,7 @@ def sampler_param_axes(arch: Architecture) -> Params:
     axes = param_axes(arch)
     layer = {name: names[1:] for name, names in axes["layers"].items() if name not in ("q", "k", "v", "gate", "up")}
     layer["qkv"] = ("embed", "kv_heads", "heads_per_kv", "head_dim")
+    layer["o"] = ("heads", "embed")
     layer["gate_up"] = ("embed", "gate_up", "mlp")
     if arch.qkv_bias:
         for name in ("q_bias", "k_bias", "v_bias"):
@@ -193,17 +195,17 @@ def sampler_param_axes(arch: Architecture) -> Params:
 def prefill(
     params: Params, arch: Architecture, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """Runs right-padded prompts once: tokens [P, S], lengths [P], sampler layout.
+    """Runs right-padded sequences in the sampler layout: tokens [P, S], lengths [P].
 
-    Returns the hidden state [P, D] of each last prompt token and, per layer, keys and values [P, K, S, H]
-    (head-major, as the decode step reads them).
+    Returns the final hidden states [P, S, D] and, per layer, keys [P, K, H, S] and values [P, K, S, H], as the decode
+    step reads them.
     """
     slots = tokens.shape[1]
     layout = AttentionLayout.right_padded(lengths, slots)
     rope = rope_tables(jnp.broadcast_to(jnp.arange(slots), tokens.shape), arch.head_dim, arch.rope_theta)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return attention(q, k, v, layout), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return attention(q, k, v, layout), (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
     x = params["embed"][tokens]
     keys, values = [], []
@@ -211,5 +213,4 @@ def prefill(
         x, (k, v) = decoder_block(weights, arch, x, rope, attend)
         keys.append(k)
         values.append(v)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return rms_norm(last, params["final_norm"], arch.rms_norm_eps), keys, values
+    return rms_norm(x, params["final_norm"], arch.rms_norm_eps), keys, values

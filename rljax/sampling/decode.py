@@ -1,9 +1,11 @@
-"""The two jitted programs of a wave: start it (prefill and first token), and decode a chunk of tokens.
+"""The device programs of a decode: start a wave, admit prompts to freed lanes, decode a chunk, change shape.
 
-Invariant of `DecodeState` at `step` = t: completion tokens 0..t-1 of every row are drawn; those before t-1 are in the
-suffix cache. A chunk step feeds token t-1 (slot t-1, rotary position prompt length + t-1) and draws token t.
+Plain functions of arrays; `device.py` compiles them. Invariant of `DecodeState`: `token` is the last one drawn of each
+row and not yet fed; the `lengths - 1` tokens before it are in the suffix cache, in the slots before `slot`. A step
+feeds `token` (to slot `slot`, at rotary position prompt length + lengths - 1) and draws the next.
 
-Letters: P prompts, G samples per prompt, B = P * G rows, S prompt slots, R completion slots.
+Letters: L lanes, W samples per lane, B = L * W rows, S prompt slots, R completion slots, K steps of a chunk, A admitted
+lanes, V vocabulary.
 """
 
 import dataclasses
@@ -16,8 +18,20 @@ import jax.numpy as jnp
 from rljax.config import Architecture
 from rljax.models.layers import decoder_block, rms_norm, rope_tables
 from rljax.models.qwen2 import Params, logits, prefill
-from rljax.sampling.cache import PrefixCache, SuffixCache, decode_attention, empty_suffix, write_slot
-from rljax.sampling.draw import draw, row_uniforms
+from rljax.sampling.cache import (
+    PrefixCache,
+    SuffixCache,
+    decode_attention,
+    empty_suffix,
+    visible_slots,
+    without_hidden,
+    write_key,
+    write_value,
+)
+from rljax.sampling.draw import Truncation, draw, row_uniforms
+
+_PREFILL_SCORES = 2**28
+"""Attention scores alive at once while prompts are run: 1 GiB of float32. Longer lists of prompts go in pieces."""
 
 
 @jax.tree_util.register_dataclass
@@ -26,92 +40,203 @@ class DrawSettings:
     """What decides a draw beside the logits; all of it data, none of it compiled in."""
 
     key: jax.Array  # [] typed key of the run and purpose
-    sample_ids: jax.Array  # [B] uint32, unique in the run
     temperature: jax.Array  # [] float32, 0 is greedy
     stop_ids: jax.Array  # [n] int32
-    max_tokens: jax.Array  # [] int32, cap on a completion
+    min_tokens: jax.Array | None  # [] int32, stop ids cannot be drawn before; None: off
+    truncation: Truncation | None  # None: the full distribution
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Everything of a wave that changes from token to token; donated from chunk to chunk."""
+    """What changes from step to step; donated from chunk to chunk."""
 
-    step: jax.Array  # [] int32, tokens drawn per row
-    tokens: jax.Array  # [R, B] int32, 0 after the end; time-major so that a step writes one contiguous line
-    logprobs: jax.Array  # [R, B] float32, 0 after the end
-    lengths: jax.Array  # [B] int32, tokens of the completion so far
-    stopped: jax.Array  # [B] bool, a stop token was drawn
     suffix: SuffixCache
+    slot: jax.Array  # [] int32, where the next step writes
+    token: jax.Array  # [B] int32, drawn last
+    lengths: jax.Array  # [B] int32, tokens drawn
+    stopped: jax.Array  # [B] bool, a stop token was drawn
+    limits: jax.Array  # [B] int32, cap of each row; 0: nobody is there
+    sample_ids: jax.Array  # [B] uint32, unique in the run: seeds the draws
 
-    def done(self, max_tokens: jax.Array) -> jax.Array:
-        """[B] bool: nothing more will be drawn for the row."""
-        return self.stopped | (self.lengths >= max_tokens)
+    def live(self) -> jax.Array:
+        """[B] bool: more will be drawn for the row."""
+        return ~self.stopped & (self.lengths < self.limits)
 
 
-def _record(state: DecodeState, hidden: jax.Array, params: Params, arch: Architecture, settings: DrawSettings):
-    """`state` with token `state.step` of every live row drawn from `hidden` [B, D]."""
-    uniforms = row_uniforms(settings.key, settings.sample_ids, state.step)
-    token, logprob = draw(logits(params, arch, hidden), uniforms, settings.temperature)
-    live = ~state.done(settings.max_tokens)
-    line = partial(jax.lax.dynamic_update_index_in_dim, index=state.step, axis=0)
-    return dataclasses.replace(
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a program drew, for the host. Lines after a row's end hold 0."""
+
+    tokens: jax.Array  # [K, B] int32
+    logprobs: jax.Array  # [K, B] float32
+    kept_mass: jax.Array  # [K, B] float32, 1 where nothing was cut
+    lengths: jax.Array  # [B] int32, tokens drawn by now
+    stopped: jax.Array  # [B] bool
+
+
+def _draw_next(
+    state: DecodeState, scores: jax.Array, settings: DrawSettings
+) -> tuple[DecodeState, tuple[jax.Array, jax.Array, jax.Array]]:
+    """`state` with one more token for every live row from `scores` [B, V]; token, log-prob and kept mass [B]."""
+    live = state.live()
+    banned = None
+    if settings.min_tokens is not None:
+        banned = settings.stop_ids, state.lengths + 1 < settings.min_tokens
+    uniforms = row_uniforms(settings.key, state.sample_ids, state.lengths)
+    token, logprob, kept = draw(scores, uniforms, settings.temperature, settings.truncation, banned)
+    token = jnp.where(live, token, 0)
+    state = dataclasses.replace(
         state,
-        step=state.step + 1,
-        tokens=line(state.tokens, jnp.where(live, token, 0)),
-        logprobs=line(state.logprobs, jnp.where(live, logprob, 0.0)),
+        token=token,
         lengths=state.lengths + live,
         stopped=state.stopped | (live & jnp.isin(token, settings.stop_ids)),
     )
+    return state, (token, jnp.where(live, logprob, 0.0), jnp.where(live, kept, 1.0))
 
 
-@partial(jax.jit, static_argnames=("arch", "samples_per_prompt", "slots"))
+# --------------------------------------------------------------------------------------------------------------- start
+
+
+def _prefill(
+    params: Params, arch: Architecture, tokens: jax.Array, lengths: jax.Array, shards: int
+) -> tuple[jax.Array, PrefixCache]:
+    """Runs each prompt once, tokens [L, S] right-padded: scores [L, V] of the first token, and the cache.
+
+    Pieces of prompts go one after the other where the attention scores of all would not fit.
+    """
+    lanes, slots = tokens.shape
+    each = lanes // shards
+    piece = max(1, _PREFILL_SCORES // (arch.num_heads * slots * slots))
+    count = next(n for n in range(-(-each // piece), each + 1) if each % n == 0)
+
+    def run(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        hidden, keys, values = prefill(params, arch, *piece)
+        # The last token's state is all that is needed; padded slots must hold no NaN (`decode_attention`).
+        last = jnp.take_along_axis(hidden, (piece[1] - 1)[:, None, None], axis=1)[:, 0]
+        in_prompt = jnp.arange(slots) < piece[1][:, None]
+        return last, keys, [without_hidden(v, in_prompt) for v in values]
+
+    if count == 1:
+        hidden, keys, values = run((tokens, lengths))
+    else:
+
+        def cut(x: jax.Array) -> jax.Array:  # the pieces of a shard stay on it
+            return x.reshape(shards, count, -1, *x.shape[1:]).swapaxes(0, 1).reshape(count, -1, *x.shape[1:])
+
+        def join(x: jax.Array) -> jax.Array:
+            return x.reshape(count, shards, -1, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+        hidden, keys, values = jax.tree.map(join, jax.lax.map(run, (cut(tokens), cut(lengths))))
+    return logits(params, arch, hidden), PrefixCache(keys, values, lengths)
+
+
+def _first_tokens(
+    scores: jax.Array, lengths: jax.Array, sample_ids: jax.Array, limits: jax.Array, suffix: SuffixCache, settings: Any
+) -> tuple[DecodeState, Drawn]:
+    """Rows with their first token, drawn from the `scores` [L, V] of their prompts."""
+    rows = sample_ids.shape[0]
+    state = DecodeState(
+        suffix=suffix,
+        slot=jnp.int32(0),
+        token=jnp.zeros(rows, jnp.int32),
+        lengths=jnp.zeros(rows, jnp.int32),
+        stopped=jnp.zeros(rows, bool),
+        limits=limits,
+        sample_ids=sample_ids,
+    )
+    state, line = _draw_next(state, jnp.repeat(scores, rows // lengths.shape[0], axis=0), settings)
+    return state, Drawn(*(x[None] for x in line), state.lengths, state.stopped)
+
+
 def start_wave(
     params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
+    sample_ids: jax.Array,
+    limits: jax.Array,
     settings: DrawSettings,
     *,
     arch: Architecture,
-    samples_per_prompt: int,
     slots: int,
-) -> tuple[PrefixCache, DecodeState]:
-    """Runs each prompt once, tokens [P, S] right-padded, and draws the first token of its samples.
+    shards: int,
+) -> tuple[PrefixCache, DecodeState, Drawn]:
+    """Runs the prompts, tokens [L, S] right-padded, and draws the first token of the rows, ids and limits [B].
 
-    `slots` is R: room for completion tokens, a multiple of the chunk plus one.
+    `slots` is R; `shards` how many devices the rows are split over.
     """
-    hidden, keys, values = prefill(params, arch, tokens, lengths)
-    prefix = PrefixCache(keys, values, lengths)
-    rows = tokens.shape[0] * samples_per_prompt
-    state = DecodeState(
-        step=jnp.int32(0),
-        tokens=jnp.zeros((slots, rows), jnp.int32),
-        logprobs=jnp.zeros((slots, rows), jnp.float32),
-        lengths=jnp.zeros(rows, jnp.int32),
-        stopped=jnp.zeros(rows, bool),
-        suffix=empty_suffix(prefix, rows, slots),
+    scores, prefix = _prefill(params, arch, tokens, lengths, shards)
+    suffix = empty_suffix(prefix, sample_ids.shape[0], slots)
+    state, drawn = _first_tokens(scores, lengths, sample_ids, limits, suffix, settings)
+    return prefix, state, drawn
+
+
+def admit(
+    params: Params,
+    prefix: PrefixCache,
+    state: DecodeState,
+    lane: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    sample_ids: jax.Array,
+    limits: jax.Array,
+    settings: DrawSettings,
+    *,
+    arch: Architecture,
+    shards: int,
+) -> tuple[PrefixCache, DecodeState, Drawn]:
+    """New prompts, tokens [A, S], take over the lanes `lane` [A]; ids and limits [A * W].
+
+    `lane` counts within a shard; a value of L / shards or more is padding and changes nothing. `Drawn` is of the
+    admitted rows, in their order.
+    """
+    scores, fresh = _prefill(params, arch, tokens, lengths, shards)
+    width = sample_ids.shape[0] // lane.shape[0]
+    new, drawn = _first_tokens(scores, lengths, sample_ids, limits, SuffixCache([], []), settings)
+    rows_lane = (lane[:, None] * width + jnp.arange(width)).reshape(-1)
+
+    def put(old: jax.Array, values: jax.Array, index: jax.Array) -> jax.Array:
+        """`old` with `values` at `index` of dim 0, each shard by itself."""
+        split = old.reshape(shards, -1, *old.shape[1:])
+        values, index = values.reshape(shards, -1, *values.shape[1:]), index.reshape(shards, -1)
+        return jax.vmap(lambda o, v, i: o.at[i].set(v, mode="drop"))(split, values, index).reshape(old.shape)
+
+    prefix = PrefixCache(
+        [put(old, x, lane) for old, x in zip(prefix.keys, fresh.keys, strict=True)],
+        [put(old, x, lane) for old, x in zip(prefix.values, fresh.values, strict=True)],
+        put(prefix.lengths, lengths, lane),
     )
-    return prefix, _record(state, jnp.repeat(hidden, samples_per_prompt, axis=0), params, arch, settings)
+    changed = {
+        name: put(getattr(state, name), getattr(new, name), rows_lane)
+        for name in ("token", "lengths", "stopped", "limits", "sample_ids")
+    }
+    return prefix, dataclasses.replace(state, **changed), drawn
+
+
+# --------------------------------------------------------------------------------------------------------------- chunk
 
 
 def _feed(
-    params: Params, arch: Architecture, prefix: PrefixCache, suffix: SuffixCache, token: jax.Array, slot: jax.Array
+    params: Params, arch: Architecture, prefix: PrefixCache, state: DecodeState, in_prompt: jax.Array
 ) -> tuple[jax.Array, SuffixCache]:
-    """Hidden state [B, D] after `token` [B], whose keys and values go to `slot`."""
-    rows = token.shape[0]
-    positions = jnp.repeat(prefix.lengths, rows // prefix.lengths.shape[0]) + slot
+    """Hidden state [B, D] after `state.token`, whose keys and values go to `state.slot`."""
+    suffix = state.suffix
+    samples = state.token.shape[0] // prefix.lengths.shape[0]
+    positions = jnp.repeat(prefix.lengths, samples) + state.lengths - 1
     rope = rope_tables(positions, arch.head_dim, arch.rope_theta)
-    x = params["embed"][token]
+    visible = visible_slots(state.lengths, state.slot, suffix.values[0].shape[2])
+    x = params["embed"][state.token]
     new_keys: list[jax.Array] = []
     new_values: list[jax.Array] = []
     for layer, weights in enumerate(params["layers"]):
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int = layer) -> tuple[jax.Array, Any]:
             # Write, then read the written array: the other order makes XLA copy the cache.
-            keys = write_slot(suffix.keys[layer], slot, k)
-            values = write_slot(suffix.values[layer], slot, v)
+            keys = write_key(suffix.keys[layer], state.slot, k)
+            values = write_value(suffix.values[layer], state.slot, v)
             shared = prefix.keys[layer], prefix.values[layer]
-            return decode_attention(q, shared, prefix.lengths, (keys, values), slot), (keys, values)
+            return decode_attention(q, shared, in_prompt, (keys, values), visible), (keys, values)
 
         x, (keys, values) = decoder_block(weights, arch, x, rope, attend)
         new_keys.append(keys)
@@ -119,7 +244,6 @@ def _feed(
     return rms_norm(x, params["final_norm"], arch.rms_norm_eps), SuffixCache(new_keys, new_values)
 
 
-@partial(jax.jit, static_argnames=("arch", "chunk_tokens"), donate_argnames="state")
 def decode_chunk(
     params: Params,
     prefix: PrefixCache,
@@ -127,18 +251,84 @@ def decode_chunk(
     settings: DrawSettings,
     *,
     arch: Architecture,
-    chunk_tokens: int,
-) -> tuple[DecodeState, jax.Array]:
-    """Draws `chunk_tokens` more tokens per row; returns the state and how many rows are not done ([] int32).
+    steps: int,
+    early_exit: bool,
+) -> tuple[DecodeState, Drawn]:
+    """Draws up to `steps` more tokens per row.
 
-    The trip count is known at compile time: on a GPU an unknown one would wait for the host at every token.
+    Without `early_exit` the trip count is known when compiling: on a GPU an unknown one makes every step wait for the
+    host. With it the loop ends when no row is live.
+    """
+    rows, slots = state.token.shape[0], state.suffix.values[0].shape[2]
+    in_prompt = jnp.arange(prefix.values[0].shape[2]) < prefix.lengths[:, None]
+    seen = visible_slots(state.lengths - 1, state.slot - 1, slots)
+    clean = dataclasses.replace(state.suffix, values=[without_hidden(v, seen) for v in state.suffix.values])
+    prefix = dataclasses.replace(prefix, values=[without_hidden(v, in_prompt) for v in prefix.values])
+    lines = (
+        jnp.zeros((steps, rows), jnp.int32),
+        jnp.zeros((steps, rows), jnp.float32),
+        jnp.ones((steps, rows), jnp.float32),
+    )
+
+    def body(step: jax.Array, carry: tuple[DecodeState, Any]) -> tuple[DecodeState, Any]:
+        state, lines = carry
+        hidden, suffix = _feed(params, arch, prefix, state, in_prompt)
+        state = dataclasses.replace(state, suffix=suffix, slot=(state.slot + 1) % slots)
+        state, line = _draw_next(state, logits(params, arch, hidden), settings)
+        write = partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=0)
+        return state, tuple(write(old, new) for old, new in zip(lines, line, strict=True))
+
+    carry = (dataclasses.replace(state, suffix=clean), lines)
+    if early_exit:
+        _, carry = jax.lax.while_loop(
+            lambda c: (c[0] < steps) & jnp.any(c[1][0].live()), lambda c: (c[0] + 1, body(*c)), (jnp.int32(0), carry)
+        )
+    else:
+        carry = jax.lax.fori_loop(0, steps, body, carry)
+    state, lines = carry
+    return state, Drawn(*lines, state.lengths, state.stopped)
+
+
+# --------------------------------------------------------------------------------------------------------------- shape
+
+
+def _take(x: jax.Array, index: jax.Array, shards: int) -> jax.Array:
+    """`x[index]` along dim 0 where both are split into `shards` and `index` counts within a shard."""
+    split, index = x.reshape(shards, -1, *x.shape[1:]), index.reshape(shards, -1)
+    return jax.vmap(lambda part, i: part[i])(split, index).reshape(-1, *x.shape[1:])
+
+
+def take_rows(
+    state: DecodeState, lengths: jax.Array, rows: jax.Array, lanes: jax.Array, *, shards: int
+) -> tuple[DecodeState, jax.Array]:
+    """The small arrays of new rows that continue the old `rows` [B'], and of lanes with the prompts of `lanes` [L'].
+
+    Indices count within a shard; -1: nobody is there. `lengths` [L] are the prompts'. The caches go through
+    `take_cache`.
+    """
+    kept = {
+        name: _take(getattr(state, name), rows, shards)
+        for name in ("token", "lengths", "stopped", "limits", "sample_ids")
+    }
+    kept["limits"] = jnp.where(rows < 0, 0, kept["limits"])
+    return dataclasses.replace(state, **kept), jnp.where(lanes < 0, 1, _take(lengths, lanes, shards))
+
+
+def take_cache(
+    keys: jax.Array, values: jax.Array, rows: jax.Array | None, slot: jax.Array, *, slots: int, shards: int
+) -> tuple[jax.Array, jax.Array]:
+    """A layer's keys [B, K, H, R] and values [B, K, R, H] of the old `rows` [B'] (None: all) in rings of `slots` >= R.
+
+    A ring that grows is turned so that `slot`, the next to be written, comes first: the oldest token then lies at the
+    beginning, the newest in slot R - 1, and the new slots follow it.
     """
 
-    def body(_: jax.Array, state: DecodeState) -> DecodeState:
-        slot = state.step - 1
-        last = jax.lax.dynamic_index_in_dim(state.tokens, slot, axis=0, keepdims=False)
-        hidden, suffix = _feed(params, arch, prefix, state.suffix, last, slot)
-        return _record(dataclasses.replace(state, suffix=suffix), hidden, params, arch, settings)
+    def take(cache: jax.Array, axis: int) -> jax.Array:
+        if rows is not None:
+            cache = _take(cache, jnp.maximum(rows, 0), shards)
+        grow = slots - cache.shape[axis]
+        if grow:
+            cache = jnp.pad(jnp.roll(cache, -slot, axis), [(0, grow if i == axis else 0) for i in range(cache.ndim)])
+        return cache
 
-    state = jax.lax.fori_loop(0, chunk_tokens, body, state)
-    return state, jnp.sum(~state.done(settings.max_tokens), dtype=jnp.int32)
+    return take(keys, 3), take(values, 2)

@@ -86,7 +86,7 @@ def test_greedy_continuations_are_the_same(folder, theirs, questions):
 
     arch = hf.read_architecture(folder)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    sampler = Sampler(arch, mesh, stop_ids=tokenizer.stop_ids)
+    sampler = Sampler(None, arch, mesh, stop_ids=tokenizer.stop_ids)
     sampler.sync(hf.load_params(folder, arch))
     drawn = sampler.generate(prompts, 1, key=jax.random.key(0), temperature=0.0, max_completion_tokens=steps)
 

@@ -129,7 +129,7 @@ def test_uniform_logits_score_minus_log_vocabulary(tiny, tiny_params) -> None:
 
 def test_chunks_of_logits_do_not_matter(tiny, tiny_params, batch, monkeypatch) -> None:
     whole, _ = batch_logprobs(tiny_params, tiny, batch, temperature=1.0, compute_dtype="float32", remat="none")
-    monkeypatch.setattr("rljax.rl.logprobs.MAX_LOGITS", 7 * tiny.vocab_size)
+    monkeypatch.setattr("rljax.models.scoring.MAX_LOGITS", 7 * tiny.vocab_size)
     chunked, _ = batch_logprobs(tiny_params, tiny, batch, temperature=1.0, compute_dtype="float32", remat="none")
     np.testing.assert_allclose(whole, chunked, atol=1e-6)
 

@@ -12,9 +12,8 @@ from rljax.models import qwen2
 from rljax.models.attention import AttentionLayout
 from rljax.rl.logprobs import batch_logprobs
 from rljax.rl.packing import train_batch
-from rljax.sampling.cache import decode_attention
-from rljax.sampling.decode import decode_chunk
-from rljax.sampling.engine import Sampler, bucket
+from rljax.sampling.cache import decode_attention, visible_slots, without_hidden
+from rljax.sampling.engine import EngineOptions, Sampler, bucket
 from rljax.types import LENGTH, STOP
 
 KEY = jax.random.key(42)
@@ -23,7 +22,7 @@ STOPS = (1, 30)
 
 @pytest.fixture(scope="module")
 def sampler(tiny, tiny_params, mesh):
-    sampler = Sampler(tiny, mesh, stop_ids=STOPS, chunk_tokens=8)
+    sampler = Sampler(None, tiny, mesh, stop_ids=STOPS, options=EngineOptions(chunk_tokens=8))
     sampler.sync(tiny_params)
     return sampler
 
@@ -73,7 +72,7 @@ def test_completions_end_with_their_stop_token(sampler) -> None:
 
 def test_vocabulary_padding_is_never_sampled(sampler, tiny, tiny_params, mesh) -> None:
     favoured = {**tiny_params, "embed": tiny_params["embed"].at[37:].set(50.0)}  # logits of the padding rows explode
-    adversarial = Sampler(tiny, mesh, stop_ids=STOPS, chunk_tokens=8)
+    adversarial = Sampler(None, tiny, mesh, stop_ids=STOPS, options=EngineOptions(chunk_tokens=8))
     adversarial.sync(favoured)
     assert generate(adversarial, make_prompts([4] * 4), 8).tokens.max() < 37
 
@@ -95,7 +94,7 @@ def test_a_row_does_not_depend_on_the_rows_around_it(sampler, tiny, tiny_params,
         logprobs = whole.behaviour_logprobs.reshape(6, 4, -1)[rows].reshape(some.tokens.shape)
         np.testing.assert_allclose(some.behaviour_logprobs, logprobs, atol=1e-5)
     for chunk in (1, 5, 64):  # nor on how the loop is cut, nor on padding
-        other = Sampler(tiny, mesh, stop_ids=STOPS, chunk_tokens=chunk)
+        other = Sampler(None, tiny, mesh, stop_ids=STOPS, options=EngineOptions(chunk_tokens=chunk))
         other.sync(tiny_params)
         padded = dataclasses.replace(prompts, tokens=np.pad(prompts.tokens, ((0, 0), (0, 50)), constant_values=1))
         np.testing.assert_array_equal(generate(other, padded).tokens, whole.tokens)
@@ -114,32 +113,35 @@ def test_cap_of_one_token(sampler) -> None:
     assert rollouts.tokens.shape == (6, 1) and (rollouts.lengths == 1).all()
 
 
-def test_unwritten_and_padded_cache_slots_are_not_read() -> None:
+def test_attention_is_one_softmax_over_prompt_and_own_tokens() -> None:
+    """Row by row against plain softmax, with rows of different ages around the ring."""
     rng = np.random.default_rng(0)
-    prefix = [jnp.asarray(rng.normal(size=(2, 2, 6, 8)), jnp.float32) for _ in range(2)]
-    suffix = [jnp.asarray(rng.normal(size=(6, 2, 5, 8)), jnp.float32) for _ in range(2)]
+    prefix = [jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 2, 8, 6), (2, 2, 6, 8))]
+    suffix = [jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((6, 2, 8, 5), (6, 2, 5, 8))]
     q = jnp.asarray(rng.normal(size=(6, 4, 8)), jnp.float32)
-    lengths, slot = jnp.array([4, 6]), jnp.int32(2)
-    clean = decode_attention(q, tuple(prefix), lengths, tuple(suffix), slot)
-    dirty_prefix = [x.at[0, :, 4:].set(1e9) for x in prefix]
-    dirty_suffix = [x.at[:, :, 3:].set(1e9) for x in suffix]
-    np.testing.assert_array_equal(clean, decode_attention(q, tuple(dirty_prefix), lengths, tuple(dirty_suffix), slot))
-    # and equals one softmax over prompt and own tokens, row by row
-    for row in range(6):
-        p = row // 3
-        k = jnp.concatenate([prefix[0][p, :, : lengths[p]], suffix[0][row, :, :3]], axis=1)
-        v = jnp.concatenate([prefix[1][p, :, : lengths[p]], suffix[1][row, :, :3]], axis=1)
-        for head in range(4):
-            probs = jax.nn.softmax(k[head // 2] @ q[row, head] / np.sqrt(8))
-            np.testing.assert_allclose(clean[row, head], probs @ v[head // 2], atol=1e-6)
+    prompt_lengths, lengths, slot = jnp.array([4, 6]), jnp.array([1, 2, 3, 4, 5, 2]), jnp.int32(1)
+    in_prompt = jnp.arange(6) < prompt_lengths[:, None]
+    visible = visible_slots(lengths, slot, 5)
+    hidden = [jnp.where(mask[:, None, :, None], v, 1e9) for mask, v in ((in_prompt, prefix[1]), (visible, suffix[1]))]
+    for values in ((prefix[1], suffix[1]), hidden):
+        clean = without_hidden(values[0], in_prompt), without_hidden(values[1], visible)
+        context = decode_attention(q, (prefix[0], clean[0]), in_prompt, (suffix[0], clean[1]), visible)
+        for row in range(6):
+            p = row // 3
+            own = [(1 - age) % 5 for age in range(int(lengths[row]))]
+            k = jnp.concatenate([prefix[0][p, :, :, : prompt_lengths[p]], suffix[0][row][:, :, own]], axis=2)
+            v = jnp.concatenate([prefix[1][p, :, : prompt_lengths[p]], suffix[1][row][:, own]], axis=1)
+            for head in range(4):
+                probs = jax.nn.softmax(q[row, head] @ k[head // 2] / np.sqrt(8))
+                np.testing.assert_allclose(context[row, head], probs @ v[head // 2], atol=1e-6)
 
 
 def test_programs_are_reused(sampler) -> None:
     generate(sampler, make_prompts([5, 9, 3], slots=16))
-    before = decode_chunk._cache_size()
+    before = len(sampler._programs)
     for seed in range(3):
         generate(sampler, make_prompts([4 + seed, 12, 2], seed=seed, slots=16), temperature=0.5 + seed)
-    assert decode_chunk._cache_size() == before
+    assert len(sampler._programs) == before
 
 
 def test_buckets_are_few_and_never_too_small() -> None:

@@ -1,0 +1,138 @@
+"""What is sampled does not depend on how it is decoded: waves, growth, compaction, refill, chunks, or dead memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_prompts
+
+from rljax.sampling.cache import visible_slots
+from rljax.sampling.device import DecodeDevice
+from rljax.sampling.engine import EngineOptions, Sampler
+from rljax.types import Rollouts
+
+KEY = jax.random.key(7)
+PROMPTS = make_prompts([3 + 5 * i % 14 for i in range(72)])
+CAP = 160
+WAYS = {
+    "growing": EngineOptions(compact=False),
+    "growing and compacted": EngineOptions(),
+    "chunks of 8": EngineOptions(chunk_tokens=8),
+    "chunks of 50, growth 2": EngineOptions(chunk_tokens=50, growth=2.0),
+    "waves of 96": EngineOptions(max_rows=96, refill=False),
+    "refilled, 64 at once": EngineOptions(max_rows=64),
+    "refilled, 40 at once, full cache": EngineOptions(max_rows=40, growth=1.0, chunk_tokens=16),
+}
+
+
+def sampler(tiny, params, mesh, options: EngineOptions = EngineOptions()) -> Sampler:  # noqa: B008
+    return Sampler(params, tiny, mesh, stop_ids=(1,), options=options)
+
+
+def generate(sampler: Sampler, prompts=PROMPTS, samples: int = 8, **settings) -> Rollouts:
+    return sampler.generate(prompts, samples, **{"key": KEY, "max_completion_tokens": CAP} | settings)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, tiny_params, mesh) -> Rollouts:
+    """One wave with a cache of full length: nothing ever changes shape."""
+    return generate(sampler(tiny, tiny_params, mesh, EngineOptions(growth=1.0, compact=False)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_token_depends_on_the_way(plain, tiny, tiny_params, mesh, way: str) -> None:
+    engine = sampler(tiny, tiny_params, mesh, WAYS[way])
+    rollouts = generate(engine)
+    assert plain.lengths.sum() > 20_000
+    assert plain.lengths.min() < 10 and (plain.lengths == CAP).any()
+    np.testing.assert_array_equal(rollouts.tokens, plain.tokens)
+    np.testing.assert_array_equal(rollouts.lengths, plain.lengths)
+    np.testing.assert_array_equal(rollouts.stop_reasons, plain.stop_reasons)
+    np.testing.assert_allclose(rollouts.behaviour_logprobs, plain.behaviour_logprobs, atol=1e-5)
+    stats = engine.stats
+    assert stats.drawn_tokens == plain.lengths.sum()
+    assert stats.waves == {"waves of 96": 6}.get(way, 1)
+    assert (stats.admissions > 0) == way.startswith("refilled")
+    assert (stats.reshapes > 0) or way == "refilled, 40 at once, full cache"
+    again = generate(engine)  # the same shapes: the same bits
+    np.testing.assert_array_equal(again.tokens, rollouts.tokens)
+    np.testing.assert_array_equal(again.behaviour_logprobs, rollouts.behaviour_logprobs)
+
+
+def test_dead_memory_has_no_influence(tiny, tiny_params, mesh, monkeypatch) -> None:
+    """NaN in every slot that holds no token of a live row, before every chunk, changes not a bit."""
+    engine = sampler(tiny, tiny_params, mesh, EngineOptions(chunk_tokens=16, max_rows=64))
+    clean = generate(engine)
+    decode, poisoned = DecodeDevice.decode, []
+
+    def poison(self: DecodeDevice, shape):
+        state, prefix = self._state, self._prefix
+        slots = state.suffix.values[0].shape[2]
+        keep = visible_slots(state.lengths - 1, state.slot - 1, slots) & state.live()[:, None]
+        in_prompt = jnp.arange(prefix.values[0].shape[2]) < prefix.lengths[:, None]
+
+        def dirty(cache, kept, axis):
+            spread = kept[:, None, None, :] if axis == 3 else kept[:, None, :, None]
+            return jax.jit(lambda c, k: jnp.where(k, c, jnp.nan), out_shardings=self._on.cache)(cache, spread)
+
+        def all_dirty(record, kept):
+            return dataclasses.replace(
+                record,
+                keys=[dirty(cache, kept, 3) for cache in record.keys],
+                values=[dirty(cache, kept, 2) for cache in record.values],
+            )
+
+        self._prefix = all_dirty(prefix, in_prompt)
+        self._state = dataclasses.replace(state, suffix=all_dirty(state.suffix, keep))
+        poisoned.append(int((~keep).sum()))
+        return decode(self, shape)
+
+    monkeypatch.setattr(DecodeDevice, "decode", poison)
+    dirty = generate(engine)
+    assert sum(poisoned) > 10_000
+    np.testing.assert_array_equal(dirty.tokens, clean.tokens)
+    np.testing.assert_array_equal(dirty.behaviour_logprobs, clean.behaviour_logprobs)
+
+
+def test_every_completion_may_have_its_own_cap(plain, tiny, tiny_params, mesh) -> None:
+    caps = np.random.default_rng(0).integers(1, CAP + 1, 576)
+    rollouts = generate(sampler(tiny, tiny_params, mesh), max_completion_tokens=caps)
+    np.testing.assert_array_equal(rollouts.lengths, np.minimum(caps, plain.lengths))
+    kept = np.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
+    longest = rollouts.tokens.shape[1]
+    np.testing.assert_array_equal(rollouts.tokens, np.where(kept, plain.tokens[:, :longest], 0))
+
+
+def test_groups_are_told_of_once_and_whole(plain, tiny, tiny_params, mesh) -> None:
+    for options in (EngineOptions(chunk_tokens=16), EngineOptions(max_rows=64)):
+        told: dict[int, Rollouts] = {}
+        during = []
+
+        def on_group(prompt: int, group: Rollouts, told=told, during=during) -> None:
+            assert prompt not in told
+            told[prompt] = group
+            during.append(int(group.lengths.max()))
+
+        rollouts = generate(sampler(tiny, tiny_params, mesh, options), on_group=on_group)
+        assert sorted(told) == list(range(72))
+        assert during != [max(during)] * 72
+        for prompt, group in told.items():
+            rows = slice(8 * prompt, 8 * prompt + 8)
+            assert group.prompts.records == PROMPTS.records[prompt : prompt + 1]
+            for name in ("tokens", "lengths", "behaviour_logprobs", "stop_reasons"):
+                np.testing.assert_array_equal(getattr(group, name), getattr(rollouts, name)[rows])
+
+
+def test_score_gives_the_log_probs_that_were_sampled(plain, tiny, tiny_params, mesh) -> None:
+    engine = sampler(tiny, tiny_params, mesh)
+    completions = [row[:n] for row, n in zip(plain.tokens, plain.lengths, strict=True)]
+    scored = engine.score(PROMPTS, completions)
+    np.testing.assert_allclose(scored, plain.behaviour_logprobs[:, : scored.shape[1]], atol=1e-5)
+    warm = generate(engine, temperature=0.5)
+    completions = [row[:n] for row, n in zip(warm.tokens, warm.lengths, strict=True)]
+    scored = engine.score(PROMPTS, completions, temperature=0.5)
+    np.testing.assert_allclose(scored, warm.behaviour_logprobs[:, : scored.shape[1]], atol=2e-5)
+    with pytest.raises(ValueError, match="71 completions of 72 prompts"):
+        engine.score(PROMPTS, completions[:71])

@@ -1,0 +1,86 @@
+"""The host's decisions: shapes are few and never too small, and no row is lost on the way."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rljax.sampling.schedule import (
+    FREE,
+    Shape,
+    Stats,
+    fitting_level,
+    grown,
+    pack_rows,
+    row_ladder,
+    slot_ladder,
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32])
+@pytest.mark.parametrize("max_tokens", [1, 2, 33, 65, 512, 4096])
+def test_slot_ladder_ends_where_everything_fits(max_tokens: int, chunk: int) -> None:
+    chunk = min(chunk, max(1, max_tokens - 1))
+    ladder = slot_ladder(max_tokens, chunk, 1.5)
+    assert list(ladder) == sorted(set(ladder))
+    assert all(size % chunk == 0 for size in ladder)
+    assert max_tokens - 1 <= ladder[-1] < max_tokens - 1 + chunk + (max_tokens == 1)
+    assert len(ladder) <= 7
+    assert slot_ladder(max_tokens, chunk, 1.0) == ladder[-1:]
+
+
+def test_slot_ladder_grows_by_half() -> None:
+    ladder = slot_ladder(4096, 32, 1.5)
+    assert ladder == (512, 768, 1152, 1728, 2592, 3904, 4096)
+    assert grown(512, 513, ladder) == 768
+    assert grown(768, 100, ladder) == 768
+    assert grown(512, 9999, ladder) == 4096  # rows that old have ended
+
+
+@pytest.mark.parametrize(("lanes", "width"), [(32, 8), (256, 1), (3, 6), (128, 16), (1, 1), (5, 7)])
+def test_row_ladder_halves_and_keeps_copies_of_the_prompts_few(lanes: int, width: int) -> None:
+    levels = row_ladder(lanes, width)
+    assert levels[0] == (lanes, width)
+    for fewer, narrow in levels[1:]:
+        assert fewer <= 2 * lanes
+        assert narrow >= 1
+    rows = [a * b for a, b in levels]
+    assert all(after <= before // 2 + width for before, after in itertools.pairwise(rows))
+    assert rows[-1] < 32 or len(levels) == 1
+
+
+def test_compaction_keeps_every_live_row_and_its_prompt() -> None:
+    rng = np.random.default_rng(0)
+    for trial in range(200):
+        group, prompts = int(rng.integers(1, 9)), int(rng.integers(1, 20))
+        levels = row_ladder(prompts, group)
+        samples = np.arange(prompts * group)
+        live = rng.random(len(samples)) < rng.random()
+        counts = [np.unique(samples[live] // group, return_counts=True)[1].tolist()]
+        level = fitting_level(counts, levels, 0)
+        if level == 0:
+            continue
+        shape = Shape(*levels[level], 64)
+        sources = pack_rows(samples, live, group, shape)
+        assert sources.shape == (shape.rows,), trial
+        assert sorted(sources[sources != FREE]) == np.flatnonzero(live).tolist()
+        for lane in sources.reshape(-1, shape.width):
+            taken = lane[lane != FREE]
+            assert len(set(samples[taken] // group)) <= 1
+            assert (lane[: len(taken)] != FREE).all()  # the first row of a lane that is used is
+
+
+def test_fitting_level_waits_for_the_fullest_shard() -> None:
+    levels = ((8, 4), (16, 1), (8, 1))
+    assert fitting_level([[4, 4], [1]], levels, 0) == 2
+    assert fitting_level([[4, 4, 1], [1]], levels, 0) == 1
+    assert fitting_level([[4, 4, 4, 4, 1], [1]], levels, 0) == 0
+    assert fitting_level([[], []], levels, 1) == 2
+
+
+def test_stats_count_what_a_row_attends_to() -> None:
+    stats = Stats()
+    stats.count_live(np.array([1, 3]), np.array([4, 3]))  # tokens 1, 2 and 3 attend to 1, 2 and 3 tokens before them
+    assert (stats.live_row_steps, stats.suffix_slots_used) == (3, 6)
+    stats.count_chunk(Shape(2, 3, 64), shards=2, prefix_slots=16, steps=5)
+    assert (stats.row_steps, stats.suffix_slots_read, stats.prefix_slots_read) == (60, 3840, 320)
