@@ -163,7 +163,7 @@ class SamplingConfig:
     max_completion_tokens: int = 4096
     temperature: float = 1.0
     """0 is greedy; training needs > 0."""
-    chunk_tokens: int = 32
+    chunk_tokens: int = 16
     """Tokens decoded per call of the jitted loop; the host looks at the rows between calls."""
     cache_growth: float = 1.5
     """Factor between the sizes of the growing cache of completions; 1: full length from the start."""

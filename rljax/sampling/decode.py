@@ -146,8 +146,8 @@ def _first_tokens(
         limits=limits,
         sample_ids=sample_ids,
     )
-    state, line = _draw_next(state, jnp.repeat(scores, rows // lengths.shape[0], axis=0), settings)
-    return state, Drawn(*(x[None] for x in line), state.lengths, state.stopped)
+    state, (token, logprob, kept) = _draw_next(state, jnp.repeat(scores, rows // lengths.shape[0], axis=0), settings)
+    return state, Drawn(token[None], logprob[None], kept[None], state.lengths, state.stopped)
 
 
 def start_wave(
@@ -285,8 +285,8 @@ def decode_chunk(
         )
     else:
         carry = jax.lax.fori_loop(0, steps, body, carry)
-    state, lines = carry
-    return state, Drawn(*lines, state.lengths, state.stopped)
+    state, (tokens, logprobs, kept_mass) = carry
+    return state, Drawn(tokens, logprobs, kept_mass, state.lengths, state.stopped)
 
 
 # --------------------------------------------------------------------------------------------------------------- shape

@@ -45,7 +45,7 @@ def bucket(size: int) -> int:
 class EngineOptions:
     """How completions are decoded. None of it changes what is sampled."""
 
-    chunk_tokens: int = 32
+    chunk_tokens: int = 16
     """Steps between looks of the host at the rows."""
     growth: float = 1.5
     """Factor between sizes of the suffix cache; 1: full length from the start."""

@@ -234,12 +234,13 @@ class DecodeLoop:
         oldest = self._steps - self._row_start[live].min(initial=self._steps)
         slots = grown(old.slots, oldest + plan.chunk, plan.slots)
         level, left = self._level, self._steps_left(live)
-        if not self._queue and left > plan.chunk:  # not for the last steps
+        refilled = bool(self._queue) and plan.admit_lanes > 0  # others take the places of those that have ended
+        if not refilled and left > plan.chunk:  # not for the last steps
             level = fitting_level(self._live_per_prompt(live), plan.levels, level)
         new = Shape(*plan.levels[level], slots)
         if new != old:
             self._change(new, level, live)
-        elif not self._queue and left > plan.chunk:
+        elif not refilled and left > plan.chunk:
             self._prepare_next(live, plan.chunk + oldest)
 
     def _live_per_prompt(self, live: np.ndarray) -> list[list[int]]:
@@ -293,9 +294,12 @@ class DecodeLoop:
         while len(self._pending) > keep:
             row_sample, drawn, steps, shape = self._pending.popleft()
             got = self.device.read(drawn)
+            before = self.outputs.lengths.copy()
+            self._take_in(row_sample, got)
+            self.stats.drawn_tokens += int((self.outputs.lengths - before).sum())
             if shape is not None:
                 self.stats.count_chunk(shape, self.plan.shards, self.plan.prompt_slots, steps)
-            self._take_in(row_sample, got)
+                self.stats.count_live(before, self.outputs.lengths)
 
     def _take_in(self, row_sample: np.ndarray, got: HostDrawn) -> None:
         out = self.outputs
@@ -303,7 +307,6 @@ class DecodeLoop:
         rows = rows[~out.done[row_sample[rows]]]
         samples = row_sample[rows]
         before, after = out.lengths[samples], got.lengths[rows]
-        self.stats.count_live(before, after)
         step, column = np.nonzero(np.arange(len(got.tokens))[:, None] < after - before)
         place = samples[column], before[column] + step
         for name in ("tokens", "logprobs", "kept_mass"):

@@ -145,9 +145,8 @@ class Stats:
             self.shapes.append(shape)
 
     def count_live(self, before: np.ndarray, after: np.ndarray) -> None:
-        """Rows' lengths before and after a chunk."""
+        """Lengths of completions before and after a chunk."""
         fed = (after - before).astype(np.int64)
         self.live_row_steps += int(fed.sum())
-        self.drawn_tokens += int(fed.sum())
         # Drawing token n (counted from 0) attends to the n tokens before it.
         self.suffix_slots_used += int((fed * (before + after - 1)).sum()) // 2
