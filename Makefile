@@ -21,7 +21,7 @@ demo: $(VENV)/demo  ## real SmolLM2-135M on real GSM8K problems, three steps
 	test -d runs/smollm2-gsm8k/hf || $(BIN)/rljax convert runs/smollm2-gsm8k runs/smollm2-gsm8k/hf
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 parity: $(PARITY)/installed  ## against transformers on torch, in an environment of its own
 	$(PARITY)/bin/python -m pytest -q tests/parity

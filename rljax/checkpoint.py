@@ -285,7 +285,7 @@ def _check_template(saved: Mapping[str, list], wanted: Mapping[str, Any], partia
 
 _MAY_CHANGE = (
     # Where a run is written, how long it goes on, what is seen of it.
-    *("run_dir", "steps", "logging", "checkpoint", "evaluation.every"),
+    *("run_dir", "steps", "logging", "checkpoint", "evaluation.every", "sample"),
     # Where and in which portions the same thing is computed: other devices, less memory.
     *("mesh", "model.remat", "algorithm.microbatch_tokens"),
     *("sampling.chunk_tokens", "sampling.cache_growth", "sampling.compact", "sampling.refill", "sampling.max_rows"),

@@ -40,6 +40,16 @@ def _sft(argv: list[str]) -> None:
     sft(config)
 
 
+def _sample(argv: list[str]) -> None:
+    """Completions of prompts given or in a file, as JSON lines   CONFIG.yaml ... [--sample.prompts TEXT ...]"""
+    from rljax.config import parse_config
+
+    config = parse_config(argv, prog="rljax sample")
+    from rljax.sample import sample
+
+    sample(config)
+
+
 def _convert(argv: list[str]) -> None:
     """GGUF file, `demo:smollm2` or run folder to a Hugging Face folder   SOURCE DESTINATION"""
     if len(argv) != 2 or argv[0].startswith("-"):
@@ -74,6 +84,7 @@ def _report(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "sft": _sft,
+    "sample": _sample,
     "convert": _convert,
     "report": _report,
 }

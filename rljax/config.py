@@ -265,6 +265,34 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """`rljax sample`: completions of prompts given here or in a file, as lines of JSON."""
+
+    prompts: tuple[str, ...] = ()
+    """User messages. Empty: the prompts of `data`."""
+    data: str = ""
+    """As `data.train`."""
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Draw from so many of the likeliest tokens; 0: off."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that hold this share; 1: off."""
+    min_p: float = 0.0
+    """Draw from the tokens at least this part as likely as the likeliest; 0: off."""
+    min_completion_tokens: int = 0
+    """No stop token before."""
+    max_completion_tokens: int = 512
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion, beside the stop tokens."""
+    logprobs: bool = False
+    """Write token ids and their log-probs too."""
+    output: str = ""
+    """JSONL file to write; empty: the terminal."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Learner state, data iterator, config and counters, saved as one unit."""
 
@@ -304,6 +332,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     sft: SftConfig = SftConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -329,6 +358,8 @@ _AT_LEAST_ONE = (
     "sft.batch_size",
     "sft.max_tokens",
     "evaluation.samples_per_prompt",
+    "sample.samples_per_prompt",
+    "sample.max_completion_tokens",
     "checkpoint.keep",
 )
 _AT_LEAST_ZERO = (
@@ -355,6 +386,9 @@ _AT_LEAST_ZERO = (
     "evaluation.temperature",
     "evaluation.max_completion_tokens",
     "evaluation.max_prompts",
+    "sample.temperature",
+    "sample.top_k",
+    "sample.min_completion_tokens",
     "sampling.max_rows",
     "checkpoint.every",
     "logging.rollouts",
@@ -381,6 +415,11 @@ def _check_ranges(config: RunConfig) -> None:
                 f"{name} = {_field(config, name)} must be at least 0 and below 1, the share of the past that a running "
                 f"mean keeps; change it in the YAML or with --{name}"
             )
+    if not 0 < config.sample.top_p <= 1 or not 0 <= config.sample.min_p <= 1:
+        raise ConfigError(
+            f"sample.top_p = {config.sample.top_p} must be above 0 and at most 1, and sample.min_p = "
+            f"{config.sample.min_p} from 0 to 1; 1 and 0 switch them off"
+        )
     if not 0 < config.reward.timeout_seconds < math.inf:
         raise ConfigError(
             f"reward.timeout_seconds = {config.reward.timeout_seconds} must be positive and finite; change it in the "
@@ -537,6 +576,7 @@ _REQUIRED = {
     bool: "true or false",
     str: "text in quotes",
     tuple[int, ...]: "a list of whole numbers, [1, 2] in YAML and 1 2 after a flag",
+    tuple[str, ...]: "a list of texts, ['a', 'b'] in YAML and a b after a flag",
 }
 
 

@@ -1,8 +1,18 @@
 """Fixtures every test may use."""
 
+import atexit
 import dataclasses
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
+
+# Every worker and every command that tests start compiles much the same programs: once per test run is enough.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rljax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import numpy as np

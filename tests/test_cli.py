@@ -655,3 +655,44 @@ def test_sft_of_a_task_makes_its_own_vocabulary(place: Place, tmp_path: Path) ->
     assert dataclasses.replace(arch, vocab_size=64) == ARCHITECTURES["tiny"]
     assert arch.vocab_size == 32
     assert load_tokenizer(tmp_path / "sft").vocab_size == 5 + len(TASKS["char_count"].alphabet)
+
+
+# -------------------------------------------------------------------------------------------------------------- sample
+
+
+def test_sample_writes_a_line_per_completion(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [place.config, "--sample.prompts", "a:bcda", "b:bb", "--sample.samples_per_prompt", "3"]
+    given += ["--sample.max_completion_tokens", "6", "--sample.logprobs", "true"]
+    assert main(["sample", *given]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted((line["place"], line["sample"]) for line in lines) == [(p, s) for p in (0, 1) for s in (0, 1, 2)]
+    tokenizer = load_tokenizer(place.start)
+    for line in lines:
+        assert line["prompt"] == ["a:bcda", "b:bb"][line["place"]]
+        assert line["completion"] == tokenizer.decode(line["tokens"])
+        assert len(line["tokens"]) == len(line["logprobs"]) == line["num_tokens"] <= 6
+        assert line["logprob"] == pytest.approx(sum(line["logprobs"]))
+        assert (line["stop_reason"] == "stop") == (line["tokens"][-1] in tokenizer.stop_ids)
+
+
+def test_sample_from_a_file_to_a_file(place: Place, tmp_path: Path) -> None:
+    given = [place.config, "--sample.data", str(place.root / "drill.jsonl"), "--sample.temperature", "0"]
+    output = tmp_path / "out.jsonl"
+    assert main(["sample", *given, "--sample.output", str(output), "--sample.stop_strings", "="]) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["completion"] for line in lines] == ["=", "="]  # taught to begin with it
+    assert main(["sample", *given, "--sample.output", str(output)]) == USAGE_ERROR
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "neither given; give texts with --sample.prompts"),
+        (["--sample.prompts", "a", "--sample.data", "x.jsonl"], "both given"),
+        (["--sample.prompts", "a", "--sample.top_p", "0"], "sample.top_p = 0.0 must be above 0"),
+        (["--sample.prompts", "a" * 40], "prompts are longer than data.max_prompt_tokens = 32"),
+    ],
+)
+def test_sample_refuses(place: Place, capsys: pytest.CaptureFixture[str], flags: list[str], words: str) -> None:
+    assert main(["sample", place.config, *flags]) == USAGE_ERROR
+    assert words in " ".join(capsys.readouterr().err.split())

@@ -15,7 +15,7 @@ LEVELS = [
     {"models", "checkpoint"},
     {"data", "rewards", "sampling", "rl"},
     {"policy"},
-    {"evaluate", "sft", "export"},
+    {"evaluate", "sft", "sample", "export"},
     {"train", "plan", "scaling"},
     {"cli"},
 ]

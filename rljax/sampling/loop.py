@@ -17,6 +17,9 @@ from rljax.sampling.schedule import FREE, Shape, Stats, fitting_level, grown, pa
 
 _SOON = 0.6
 """Share of the rows still live at which halving them is near."""
+_NEAR = 8
+"""Growth is near when less than this part of the cache is left: all but 1 % of the tokens/s of later growth (counted by
+benchmarks/simulate.py), with one to three programs less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +240,8 @@ class DecodeLoop:
         refilled = bool(self._queue) and plan.admit_lanes > 0  # others take the places of those that have ended
         if not refilled and left > plan.chunk:  # not for the last steps
             level = fitting_level(self._live_per_prompt(live), plan.levels, level)
+        if level != self._level:  # growth that is near goes along: a copy and a program less
+            slots = grown(old.slots, oldest + max(plan.chunk, old.slots // _NEAR), plan.slots)
         new = Shape(*plan.levels[level], slots)
         if new != old:
             self._change(new, level, live)
@@ -277,7 +282,7 @@ class DecodeLoop:
         if used + plan.chunk > old.slots:
             slots = grown(old.slots, old.slots + 1, plan.slots)
         elif self._level + 1 < len(plan.levels) and live.sum() < _SOON * len(live):
-            level += 1
+            level, slots = level + 1, grown(old.slots, used + old.slots // _NEAR, plan.slots)
         new = Shape(*plan.levels[level], slots)
         if new != old:
             self.device.prepare(new)

@@ -17,8 +17,8 @@ FREE = -1
 
 _FEWEST_SLOTS = 64
 """Growing a smaller cache costs more programs than its slots cost time."""
-_FIRST_SHARE = 8
-"""The cache starts at this part of the longest completion: 6 sizes a factor of 1.5 apart."""
+_FIRST_SHARE = 12
+"""The cache starts at this part of the longest completion: 7 or 8 sizes a factor of 1.5 apart."""
 _FEWEST_ROWS = 16
 """Fewer rows cost about as much as this many: the weights are read all the same."""
 _WIDTH_STEP = 4

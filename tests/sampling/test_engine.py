@@ -46,14 +46,16 @@ def test_behaviour_logprobs_are_the_learners(sampler, tiny, tiny_params, tempera
 def test_greedy_is_the_argmax_of_the_full_forward(sampler, tiny, tiny_params) -> None:
     prompts = make_prompts([6, 11])
     rollouts = generate(sampler, prompts, 1, temperature=0.0, cap=12)
+    forward = jax.jit(lambda ids, layout: qwen2.forward(tiny_params, tiny, ids, jnp.arange(24)[None], layout))
     for row in range(2):
-        ids = list(prompts.tokens[row, : prompts.lengths[row]])
+        length = int(prompts.lengths[row])
+        ids = np.zeros((1, 24), np.int32)
+        ids[0, :length] = prompts.tokens[row, :length]
         for token in rollouts.tokens[row, : rollouts.lengths[row]]:
-            tokens = jnp.array([ids])
-            layout = AttentionLayout.right_padded(jnp.array([len(ids)]), len(ids))
-            hidden = qwen2.forward(tiny_params, tiny, tokens, jnp.arange(len(ids))[None], layout)
-            assert int(qwen2.logits(tiny_params, tiny, hidden[0, -1]).argmax()) == token
-            ids.append(int(token))
+            hidden = forward(jnp.array(ids), AttentionLayout.right_padded(jnp.array([length]), 24))
+            assert int(qwen2.logits(tiny_params, tiny, hidden[0, length - 1]).argmax()) == token
+            ids[0, length] = token
+            length += 1
 
 
 def test_completions_end_with_their_stop_token(sampler) -> None:

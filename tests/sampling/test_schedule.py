@@ -25,13 +25,13 @@ def test_slot_ladder_ends_where_everything_fits(max_tokens: int, chunk: int) -> 
     assert list(ladder) == sorted(set(ladder))
     assert all(size % chunk == 0 for size in ladder)
     assert max_tokens - 1 <= ladder[-1] < max_tokens - 1 + chunk + (max_tokens == 1)
-    assert len(ladder) <= 7
+    assert len(ladder) <= 8
     assert slot_ladder(max_tokens, chunk, 1.0) == ladder[-1:]
 
 
 def test_slot_ladder_grows_by_half() -> None:
     ladder = slot_ladder(4096, 32, 1.5)
-    assert ladder == (512, 768, 1152, 1728, 2592, 3904, 4096)
+    assert ladder == (352, 512, 768, 1152, 1728, 2592, 3904, 4096)
     assert grown(512, 513, ladder) == 768
     assert grown(768, 100, ladder) == 768
     assert grown(512, 9999, ladder) == 4096  # rows that old have ended
