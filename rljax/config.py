@@ -187,6 +187,10 @@ class RewardConfig:
     """Wall-clock limit per completion; an overrun scores 0 and is counted."""
     workers: int = 2
     """Worker processes."""
+    overlong_buffer_tokens: int = 0
+    """Completions longer than the cap minus this lose up to `overlong_penalty` of their reward (DAPO); 0: off."""
+    overlong_penalty: float = 1.0
+    """Taken off at the cap."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,40 +201,82 @@ class AlgorithmConfig:
     """G: completions per prompt."""
     updates_per_step: int = 4
     """Optimizer updates per step, each on prompts_per_step / updates_per_step prompts."""
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    """grpo: (r - mean) / (std + eps), std with ddof 1. dr_grpo: r - mean."""
+    advantage: Literal["grpo", "dr_grpo", "batch_std", "rloo", "reinforce_pp", "max_rl", "opo"] = "grpo"
+    """grpo: (r - mean) / (std + eps), std with ddof 1. dr_grpo: r - mean. The others: `rljax/rl/advantages.py`."""
     advantage_eps: float = 1e-6
-    loss: Literal["clip"] = "clip"
+    advantage_clip: float = 0.0
+    """Largest |advantage|; 0: off."""
+    zero_variance_groups: Literal["keep", "drop"] = "keep"
+    """Groups whose rewards are all equal. keep: they count in the loss's divisor, as in the paper's code. drop: not."""
+    overlong: Literal["keep", "mask"] = "keep"
+    """Completions cut at the cap. mask: they have no part in the loss nor its divisor (DAPO's overlong filtering)."""
+    loss: Literal["clip", "cispo", "gspo", "dppo_mask"] = "clip"
+    """Policy loss per token; formulas and sources in `rljax/rl/losses.py`."""
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0
     """Upper bound of -ratio * A for A < 0; 0: off."""
-    aggregation: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
-    """token_mean: one mean over the update's completion tokens. seq_mean_token_mean: the paper's printed formula."""
+    dppo_mask: float = 0.2
+    """`dppo_mask` drops a token whose probability has moved further than this towards its advantage."""
+    dppo_penalty: float = 1e-3
+    """`dppo_mask`'s weight of log(ratio)^2."""
+    aggregation: Literal[
+        "token_mean",
+        "seq_mean_token_mean",
+        "seq_mean_token_sum",
+        "constant",
+        "prompt_mean",
+        "micro_batch_token_mean",
+    ] = "token_mean"
+    """token_mean: one mean over the update's completion tokens. seq_mean_token_mean: the paper's printed formula.
+    micro_batch_token_mean: what the paper's code computed. All: `rljax/rl/aggregation.py`."""
     kl_coefficient: float = 0.001
-    """Weight of the KL to the frozen starting model in the loss; 0: no reference model is kept."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    old_logprobs: Literal["recompute", "behaviour"] = "recompute"
-    """recompute: the learner rescores before the first update (the paper). behaviour: the sampler's own log-probs."""
+    """Weight of the KL to the reference model; 0: no reference model is kept."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """reward: kl_coefficient times a completion's summed KL is taken off its reward before advantages are computed."""
+    kl_estimator: Literal["k1", "abs", "k2", "k3", "k1+", "k3+"] = "k3"
+    """+: the value of the one named, the gradient of k2."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy of the tempered distribution, which is rewarded."""
+    old_logprobs: Literal["recompute", "behaviour", "current"] = "recompute"
+    """recompute: the learner rescores before the first update (the paper). behaviour: the sampler's own log-probs.
+    current: the policy's at the update itself, so the ratio is 1; for one update per step."""
+    correction: Literal[
+        "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
+    ] = "off"
+    """Importance weight between sampler and learner: `rljax/rl/correction.py`."""
+    correction_low: float = 0.5
+    """Smallest ratio that the masks trust."""
+    correction_high: float = 2.0
+    """Largest ratio: truncated to, or masked above."""
     microbatch_tokens: int = 16384
     """Tokens, padding included, per forward and backward on each (data x fsdp) shard."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW on float32 masters, decay on every parameter (as torch)."""
+    """One rule on float32 masters, decay on every parameter (as torch)."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: the layers' matrices by orthogonalised momentum, sized as AdamW's updates; all else by AdamW."""
     learning_rate: float = 1e-6
+    """The highest of the run."""
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     """Global-norm clip; 0: off. A non-finite norm skips the update and is counted."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: constant is the paper's; linear and cosine fall until `decay_updates`."""
     warmup_updates: int = 0
-    """Linear warm-up from 0."""
+    """Updates of linear warm-up; the first has learning_rate / warmup_updates."""
     decay_updates: int = 0
-    """Linear decay to 0 at this update; 0: constant (the paper)."""
+    """Updates, the warm-up's included, after which linear and cosine are at their final rate, and stay there."""
+    final_learning_rate_fraction: float = 0.0
+    """Share of `learning_rate` at which linear and cosine end."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the moments between updates. bfloat16: 4 bytes less per parameter (Muon's matrices 2), rounded at random."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,6 +385,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_ranges(self)
         _check_algorithm(self)
+        _check_optimizer(self)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -368,11 +415,19 @@ _AT_LEAST_ZERO = (
     "data.unique",
     "data.seed",
     "sampling.temperature",
+    "reward.overlong_buffer_tokens",
+    "reward.overlong_penalty",
     "algorithm.advantage_eps",
     "algorithm.clip_low",
     "algorithm.clip_high",
+    "algorithm.advantage_clip",
     "algorithm.dual_clip",
+    "algorithm.dppo_mask",
+    "algorithm.dppo_penalty",
     "algorithm.kl_coefficient",
+    "algorithm.entropy_coefficient",
+    "algorithm.correction_low",
+    "algorithm.correction_high",
     "optimizer.learning_rate",
     "optimizer.eps",
     "optimizer.weight_decay",
@@ -434,10 +489,36 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_algorithm(config: RunConfig) -> None:
     algorithm, prompts = config.algorithm, config.data.prompts_per_step
-    if algorithm.group_size == 1 and algorithm.advantage == "grpo":
+    if algorithm.group_size == 1 and algorithm.advantage != "reinforce_pp":
         raise ConfigError(
-            "algorithm.group_size = 1 with algorithm.advantage = 'grpo' divides by the standard deviation of a single "
-            "reward, which does not exist; use a group of at least 2"
+            f"algorithm.group_size = 1: algorithm.advantage = {algorithm.advantage!r} compares a completion with "
+            "others of its prompt ('grpo' by a standard deviation, which a single reward has not); use a group of at "
+            "least 2"
+        )
+    if algorithm.old_logprobs == "current" and algorithm.updates_per_step > 1:
+        raise ConfigError(
+            f"algorithm.old_logprobs = 'current' makes every ratio 1, which is right for the first update only, and "
+            f"algorithm.updates_per_step is {algorithm.updates_per_step}; set it to 1, or old_logprobs to 'behaviour'"
+        )
+    if algorithm.loss == "dppo_mask" and algorithm.old_logprobs != "behaviour":
+        raise ConfigError(
+            f"algorithm.loss = 'dppo_mask' is a loss against the sampler's log-probs, and algorithm.old_logprobs is "
+            f"{algorithm.old_logprobs!r}; set it to 'behaviour'"
+        )
+    if algorithm.correction != "off" and algorithm.old_logprobs == "behaviour":
+        raise ConfigError(
+            f"algorithm.correction = {algorithm.correction!r} weighs old against behaviour log-probs, which "
+            "algorithm.old_logprobs = 'behaviour' makes the same; use 'recompute' or 'current', or correction 'off'"
+        )
+    if algorithm.correction_low > algorithm.correction_high:
+        raise ConfigError(
+            f"algorithm.correction_low = {algorithm.correction_low} is above algorithm.correction_high = "
+            f"{algorithm.correction_high}: no ratio is trusted; exchange them"
+        )
+    if algorithm.kl_in == "reward" and algorithm.advantage == "reinforce_pp":
+        raise ConfigError(
+            "algorithm.kl_in = 'reward' with algorithm.advantage = 'reinforce_pp' needs a return per token, which is "
+            "not offered; set kl_in to 'loss', or take another advantage"
         )
     if prompts % algorithm.updates_per_step:
         raise ConfigError(
@@ -448,6 +529,27 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ConfigError(
             "sampling.temperature = 0 samples greedily: all completions of a group are the same and no advantage is "
             "left; use a positive temperature (evaluation.temperature may be 0)"
+        )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    final, end, warmup = optimizer.final_learning_rate_fraction, optimizer.decay_updates, optimizer.warmup_updates
+    if not 0 <= final <= 1:
+        raise ConfigError(
+            f"optimizer.final_learning_rate_fraction = {final} must be from 0 to 1, a share of the learning rate; "
+            "change it in the YAML or with --optimizer.final_learning_rate_fraction"
+        )
+    if optimizer.schedule == "constant" and (end or final):
+        raise ConfigError(
+            f"optimizer.decay_updates = {end} and optimizer.final_learning_rate_fraction = {final} do nothing with "
+            "optimizer.schedule = 'constant'; set the schedule to 'linear' or 'cosine', or leave both at 0"
+        )
+    if optimizer.schedule != "constant" and end <= warmup:
+        raise ConfigError(
+            f"optimizer.decay_updates = {end} with optimizer.schedule = {optimizer.schedule!r} must be above "
+            f"optimizer.warmup_updates = {warmup}, for the decay starts there; the updates of a whole run are its "
+            "steps x algorithm.updates_per_step"
         )
 
 

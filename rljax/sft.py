@@ -20,8 +20,9 @@ from rljax.models.qwen2 import Params
 from rljax.policy import Policy, open_policy
 from rljax.rl.learner import fresh_state, state_shapes
 from rljax.rl.logprobs import batch_logprobs
-from rljax.rl.packing import microbatches, rows_of_sequences, rows_per_microbatch, token_weights
-from rljax.rl.update import Compute, Metrics, apply_gradients, sum_over_microbatches
+from rljax.rl.optimizer import apply_gradients
+from rljax.rl.packing import filled_rows, microbatches, pack, row_shape
+from rljax.rl.update import Compute, Metrics, sum_over_microbatches
 from rljax.types import PromptRecord, TrainBatch, TrainState
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,16 @@ logger = logging.getLogger(__name__)
 
 @partial(jax.jit, static_argnames=("arch", "optimizer", "compute"), donate_argnames="state")
 def sft_update(
-    state: TrainState, batch: TrainBatch, *, arch: Architecture, optimizer: OptimizerConfig, compute: Compute
+    state: TrainState,
+    batch: TrainBatch,
+    num_microbatches: jax.Array,
+    *,
+    arch: Architecture,
+    optimizer: OptimizerConfig,
+    compute: Compute,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer update on the weighted negative log-likelihood of `batch` ([M, b, T] leaves)."""
+    """One optimizer update on the weighted negative log-likelihood of the first `num_microbatches` ([] int32) of
+    `batch` ([M, b, T] leaves)."""
 
     def loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
         logprobs, _ = batch_logprobs(
@@ -40,7 +48,10 @@ def sft_update(
         total = -jnp.sum(logprobs * rows.weights)
         return total, {"sft/loss": WeightedMean(total, jnp.sum(rows.weights))}
 
-    grads, metrics = sum_over_microbatches(lambda rows: jax.grad(loss, has_aux=True)(state.params, rows), batch)
+    def gradient(rows: TrainBatch) -> tuple[Params, Metrics]:
+        return jax.grad(loss, has_aux=True)(state.params, rows)
+
+    grads, metrics = sum_over_microbatches(gradient, batch, num_microbatches)
     state, applied = apply_gradients(state, grads, optimizer)
     return state, metrics | applied
 
@@ -78,12 +89,15 @@ def encode_examples(records: list[PromptRecord], policy: Policy, max_tokens: int
     return examples
 
 
-def sft_batch(examples: list[Example]) -> TrainBatch:
-    """Rows [B, T] of NumPy arrays with token-mean weights; the fields only GRPO reads are 0."""
-    rows = rows_of_sequences([e.prompt for e in examples], [e.completion for e in examples])
+def sft_batch(examples: list[Example], row_length: int) -> TrainBatch:
+    """Rows [n, row_length] of NumPy arrays with token-mean weights; the fields only GRPO reads are 0."""
+    lengths = np.array([[len(e.prompt), len(e.completion)] for e in examples])
+    packing = pack(lengths[:, 0], lengths[:, 1:], row_length)
+    rows = filled_rows(packing, [e.prompt for e in examples], np.concatenate([e.completion for e in examples]))
     zeros = np.zeros(rows["tokens"].shape, np.float32)
     unused = dict.fromkeys(("advantages", "old_logprobs", "behaviour_logprobs", "reference_logprobs"), zeros)
-    return TrainBatch(**rows, **unused, weights=token_weights(rows["loss_mask"], "token_mean"))  # type: ignore[arg-type]
+    weights = rows["loss_mask"] / np.float32(lengths[:, 1].sum())
+    return TrainBatch(**rows, **unused, weights=weights)  # type: ignore[arg-type]
 
 
 def sft(config: RunConfig) -> Path:
@@ -102,15 +116,28 @@ def sft(config: RunConfig) -> Path:
     compute = Compute(policy.compute_dtype, config.model.remat)
     shapes = state_shapes(policy.shapes, optimizer, policy.mesh)
     state = fresh_state(policy.load_params(config.seed), shapes, optimizer)
-    sharding = microbatch_sharding(policy.mesh)
-    shards = num_row_shards(policy.mesh)
+    longest = max(len(example.prompt) + len(example.completion) for example in examples)
+    shape = row_shape(
+        policy.arch,
+        # Examples share nothing; what costs a row is the room at its end that none fits, about half a longest one.
+        longest // 2,
+        longest - longest // 2,
+        group_size=settings.batch_size,
+        completions=settings.batch_size,
+        row_shards=num_row_shards(policy.mesh),
+        microbatch_tokens=config.algorithm.microbatch_tokens,
+        platform=policy.mesh.devices.flat[0].platform,
+    )
     started = time.perf_counter()
     for step in range(1, settings.steps + 1):
         places = range((step - 1) * settings.batch_size, step * settings.batch_size)
-        batch = sft_batch([examples[plan.record_index(place)] for place in places])
-        each = rows_per_microbatch(batch.tokens.shape[1], config.algorithm.microbatch_tokens, shards)
-        batch = jax.device_put(microbatches(batch, each, shards), sharding)
-        state, metrics = sft_update(state, batch, arch=policy.arch, optimizer=optimizer, compute=compute)
+        batch = sft_batch([examples[plan.record_index(place)] for place in places], shape.positions)
+        batch, in_use = microbatches(batch, shape)
+        batch = jax.device_put(batch, microbatch_sharding(policy.mesh))
+        with jax.set_mesh(policy.mesh):
+            state, metrics = sft_update(
+                state, batch, np.int32(in_use), arch=policy.arch, optimizer=optimizer, compute=compute
+            )
         if step % max(1, settings.steps // 10) == 0 or step == settings.steps:
             floats = to_floats(metrics)
             seconds = time.perf_counter() - started

@@ -24,15 +24,15 @@ from rljax.data.records import read_records
 from rljax.data.reuse import steps_for
 from rljax.evaluate import Evaluation, EvaluationResult, rollout_rows, sample
 from rljax.mesh import num_row_shards
-from rljax.metrics import CurveRow, MetricSink, PhaseTimer, Progress, to_floats
+from rljax.metrics import CurveRow, Metric, MetricSink, PhaseTimer, Progress, to_floats
 from rljax.policy import Policy, memory_gib, open_policy
+from rljax.rewards.overlong import soft_overlong
 from rljax.rewards.pool import RewardPool, summarise
 from rljax.rl.advantages import group_advantages
 from rljax.rl.learner import Learner, fresh_state, group_metrics, state_shapes
-from rljax.rl.packing import train_batch
 from rljax.rl.update import Compute
 from rljax.sampling.engine import Sampler
-from rljax.types import LENGTH
+from rljax.types import LENGTH, Rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -228,9 +228,9 @@ def _step(run: Run, step: int) -> dict[str, float]:
         with timer("reward"):  # what is left of it: groups are scored while others are being decoded
             scored = sampling.wait()
         rollouts, rewards, sampled = scored.rollouts, scored.rewards, run.sampler.stats
-        advantages = group_advantages(rewards, config.algorithm.advantage, config.algorithm.advantage_eps)
         with timer("update"):
-            metrics = to_floats(run.learner.step(train_batch(rollouts, advantages)) | group_metrics(rewards))
+            advantages, penalty = _advantages(run, rollouts, rewards)
+            metrics = to_floats(run.learner.step(rollouts, advantages) | penalty | group_metrics(rewards))
         with timer("sync"):
             run.sampler.sync(run.learner.state.params)
             run.sampler.block_until_ready()
@@ -261,6 +261,21 @@ def _step(run: Run, step: int) -> dict[str, float]:
         **memory_gib(),
         **seconds,
     }
+
+
+def _advantages(run: Run, rollouts: Rollouts, rewards: np.ndarray) -> tuple[np.ndarray, dict[str, Metric]]:
+    """Advantages [P, G] of verified `rewards` [P, G] once length and KL have been taken off them."""
+    config, algorithm = run.config.reward, run.config.algorithm
+    lengths, metrics = rollouts.lengths.reshape(rewards.shape), {}
+    if config.overlong_buffer_tokens:
+        cap = rollouts.tokens.shape[1]
+        rewards = rewards + soft_overlong(lengths, cap, config.overlong_buffer_tokens, config.overlong_penalty)
+    if algorithm.kl_in == "reward" and algorithm.kl_coefficient > 0:
+        penalty, metrics = run.learner.kl_penalty(rollouts)
+        rewards = rewards - penalty
+    return group_advantages(
+        rewards, lengths, algorithm.advantage, algorithm.advantage_eps, clip=algorithm.advantage_clip
+    ), metrics
 
 
 def _is_due(step: int, every: int, num_steps: int) -> bool:

@@ -94,9 +94,10 @@ class TrainBatch:
     positions: jax.Array  # [B, T] int32, rotary position within the sequence
     group: jax.Array  # [B, T] int32, which prompt of the row; -1 is padding
     completion: jax.Array  # [B, T] int32, 0 on the prompt, k >= 1 on its k-th completion
+    source: jax.Array  # [B, T] int32, position whose hidden state predicts the token; 0 outside the loss mask
     loss_mask: jax.Array  # [B, T] bool, True on completion tokens, the stop token included
     advantages: jax.Array  # [B, T] float32
-    weights: jax.Array  # [B, T] float32, the aggregation's weight of each token: they sum to 1 over an update
+    weights: jax.Array  # [B, T] float32, the aggregation's weight of each token in the update's loss
     old_logprobs: jax.Array  # [B, T] float32, denominator of the ratio
     behaviour_logprobs: jax.Array  # [B, T] float32, what the sampler reported
     reference_logprobs: jax.Array  # [B, T] float32, frozen starting model

@@ -20,7 +20,6 @@ from rljax.config import AlgorithmConfig, MeshConfig, OptimizerConfig
 from rljax.mesh import LEARNER_RULES, make_mesh, param_shardings
 from rljax.models import qwen2
 from rljax.rl.learner import Learner, fresh_state, state_shapes
-from rljax.rl.packing import train_batch
 from rljax.rl.update import Compute
 from rljax.sampling.engine import EngineOptions, Sampler
 
@@ -45,7 +44,7 @@ def run(mesh):
     learner = Learner(fresh_state(params, state_shapes(shapes, optimizer, mesh), optimizer), params, TINY, mesh,
                       AlgorithmConfig(updates_per_step=2, microbatch_tokens=256), optimizer, Compute())
     advantages = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
-    metrics = learner.step(train_batch(rollouts, advantages))
+    metrics = learner.step(rollouts, advantages)
     floats = {k: v.value() for k, v in jax.device_get(metrics).items()}
     return rollouts, jax.device_get(learner.state), floats, max(gathered, default=0), long
 

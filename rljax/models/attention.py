@@ -5,9 +5,16 @@ Letters: B rows, T positions, N query heads, K key/value heads, g = N/K, H head 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from rljax.mesh import AXES, ROWS
+from rljax.models.blockwise import blockwise_attention
+
+Backend = Callable[[jax.Array, jax.Array, jax.Array, "AttentionLayout"], jax.Array]
 
 NEVER = -1e30
 """Score of a key that may not be seen: finite, so that a row with no visible key gives numbers and not NaN."""
@@ -56,11 +63,83 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionL
     return context.reshape(q.shape)
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense_attention}
+CUDNN_TILE = 128
+"""cuDNN gets T padded to a multiple of it: it refuses odd T in the backward pass and, on Hopper with a mask and
+T = 64 mod 128, can return NaN (pytorch/pytorch#196678)."""
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionLayout, *, backend: str = "dense"
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionLayout, implementation: Literal["cudnn", "xla"] = "cudnn"
 ) -> jax.Array:
-    """Context [B, T, N, H] of q [B, T, N, H] over k, v [B, T, K, H] under `layout`."""
-    return BACKENDS[backend](q, k, v, layout)
+    """cuDNN's fused attention, the mask as a bias [B, 1, T, T] in the dtype of q; all blocks are computed.
+
+    q [B, T, N, H], k and v [B, T, K, H], bfloat16 or float16, H a multiple of 8 and at most 128. With "xla" the same
+    arguments are computed anywhere, for tests.
+    """
+    extra = -q.shape[1] % CUDNN_TILE
+    mask = jnp.pad(layout.mask(), ((0, 0), (0, extra), (0, extra)))
+    # Padding sees itself, for the kernels do badly on queries that see nothing.
+    mask |= jnp.eye(mask.shape[1], dtype=bool)
+    padded = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (q, k, v))
+    context = jax.nn.dot_product_attention(*padded, mask=mask[:, None], implementation=implementation)
+    return context[:, : q.shape[1]]
+
+
+BACKENDS: dict[str, Backend] = {
+    "dense": dense_attention,
+    "blockwise": blockwise_attention,
+    "cudnn": cudnn_attention,
+}
+"""Functions of q [B, T, N, H], k and v [B, T, K, H] and the layout; what they return at padded positions is finite."""
+
+DENSE_UP_TO, DENSE_UP_TO_ON_CPU = 512, 64
+"""Positions T up to which the whole score matrix is used."""
+
+
+def choose_backend(length: int, head_dim: int, dtype: Any) -> str:
+    """Key of `BACKENDS` for rows of T = `length` positions in `dtype` on this process's platform."""
+    platform = jax.default_backend()
+    if length <= (DENSE_UP_TO_ON_CPU if platform == "cpu" else DENSE_UP_TO):
+        return "dense"
+    if platform == "gpu" and dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and _has_fused_cudnn():
+        return "cudnn"
+    return "blockwise"
+
+
+def _has_fused_cudnn() -> bool:
+    """Whether the GPU is one of NVIDIA's from Ampere on."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return capability[:1].isdigit() and float(capability) >= 8.0
+
+
+def _per_device(backend: Backend, k: jax.Array) -> Backend:
+    """`backend` on each device's own rows and heads, if the caller has entered the project's mesh (`jax.set_mesh`).
+
+    XLA, left to split a loop over blocks, would send every device all rows. Without a mesh, or where it does not divide
+    rows and heads, that is what happens.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(AXES) <= set(mesh.axis_names) or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return backend
+    if k.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) or k.shape[2] % mesh.shape["tensor"]:
+        return backend
+    heads = PartitionSpec(*ROWS, None, "tensor")
+    return jax.shard_map(backend, in_specs=(heads, heads, heads, ROWS), out_specs=heads, check_vma=False)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionLayout, *, backend: str = "auto") -> jax.Array:
+    """Context [B, T, N, H] of q [B, T, N, H] over k, v [B, T, K, H] under `layout`; 0 at padded positions.
+
+    What q, k, v and the context's gradient hold at padded positions, NaN included, has no effect.
+
+    Args:
+      backend: a key of `BACKENDS`, or "auto", which asks `choose_backend`.
+    """
+    if backend == "auto":
+        backend = choose_backend(q.shape[1], q.shape[3], q.dtype)
+    attend = BACKENDS[backend]
+    if backend == "blockwise":
+        attend = _per_device(attend, k)
+    real = (layout.group >= 0)[..., None, None]
+    q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
+    return jnp.where(real, attend(q, k, v, layout), 0)

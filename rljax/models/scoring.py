@@ -16,15 +16,25 @@ MAX_LOGITS = 2**24
 
 
 def token_logprobs(
-    params: Params, arch: Architecture, hidden: jax.Array, tokens: jax.Array, mask: jax.Array, temperature: jax.Array
+    params: Params,
+    arch: Architecture,
+    hidden: jax.Array,
+    source: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    temperature: jax.Array,
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(log-probs, entropies) [B, T] float32 of each of `tokens` [B, T] given the hidden states [B, T, D] before it.
+    """(log-probs, entropies) [B, T] float32 of each of `tokens` [B, T] given the hidden state [B, T, D] before it.
 
-    Of softmax(logits / temperature) over the full vocabulary. Values outside `mask` [B, T] are 0; it is never True at
-    position 0, which nothing predicts. Entropies carry no gradient.
+    Of softmax(logits / temperature) over the full vocabulary. Values outside `mask` [B, T] are 0.
+
+    Args:
+      source: [B, T] int32, position in the row of the hidden state that predicts each token.
+      entropy_gradient: whether entropies carry a gradient, which costs a further pass over the logits.
     """
-    # Token-aligned: what predicts token t is the hidden state at t - 1.
-    predicting = jnp.roll(hidden, 1, axis=1)
+    predicting = jnp.take_along_axis(hidden, source[..., None], axis=1)
     rows, length, width = hidden.shape
     total = rows * length
     chunk = min(total, max(1, MAX_LOGITS // arch.vocab_size))
@@ -38,7 +48,7 @@ def token_logprobs(
     def masked(flat: jax.Array) -> jax.Array:
         return jnp.where(mask, flat.reshape(-1)[:total].reshape(rows, length), 0.0)
 
-    return masked(logprobs), masked(jax.lax.stop_gradient(entropies))
+    return masked(logprobs), masked(entropies if entropy_gradient else jax.lax.stop_gradient(entropies))
 
 
 def _score_chunk(

@@ -1,37 +1,103 @@
-"""What a completion's reward says relative to its group."""
+"""What a completion's reward says relative to its group.
+
+Letters: P prompts, G completions of each, r rewards [P, G], l completion lengths [P, G] in tokens.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 
 
+def _spread(rewards: np.ndarray) -> np.ndarray:
+    """[P, 1] bool: not all rewards of the group are equal."""
+    return rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True)
+
+
+def _minus(rewards: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """r - baseline; exactly 0 where all rewards of a group are equal, whatever the baseline rounds to."""
+    return np.where(_spread(rewards), rewards - baseline, 0.0)
+
+
 def _centred(rewards: np.ndarray) -> np.ndarray:
-    """r - mean over the group; exactly 0 where all rewards of a group are equal, whatever the mean rounds to."""
-    spread = rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True)
-    return np.where(spread, rewards - rewards.mean(axis=1, keepdims=True), 0.0)
+    return _minus(rewards, rewards.mean(axis=1, keepdims=True))
 
 
-def grpo(rewards: np.ndarray, eps: float) -> np.ndarray:
-    """(r - mean) / (std + eps), std with ddof 1 as torch's (the paper; arXiv:2402.03300 4.1.2)."""
+def grpo(rewards: np.ndarray, lengths: np.ndarray, eps: float) -> np.ndarray:
+    """(r - mean) / (std + eps) of the group, std with ddof 1 as torch's (the paper; arXiv:2402.03300 4.1.2)."""
     return _centred(rewards) / (rewards.std(axis=1, ddof=1, keepdims=True) + eps)
 
 
-def dr_grpo(rewards: np.ndarray, eps: float) -> np.ndarray:
-    """r - mean (arXiv:2503.20783); `eps` is not used."""
+def dr_grpo(rewards: np.ndarray, lengths: np.ndarray, eps: float) -> np.ndarray:
+    """r - mean of the group (Dr.GRPO, arXiv:2503.20783)."""
     return _centred(rewards)
 
 
-ADVANTAGES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {"grpo": grpo, "dr_grpo": dr_grpo}
+def batch_std(rewards: np.ndarray, lengths: np.ndarray, eps: float) -> np.ndarray:
+    """(r - mean of the group) / (std + eps) of all rewards, ddof 1 (Lite PPO, arXiv:2508.08221; TRL's "batch")."""
+    return _centred(rewards) / (rewards.std(ddof=1) + eps)
 
 
-def group_advantages(rewards: np.ndarray, name: str, eps: float) -> np.ndarray:
-    """Advantages [P, G] float32 of rewards [P, G]; a group of equal rewards gets exactly 0.
+def rloo(rewards: np.ndarray, lengths: np.ndarray, eps: float) -> np.ndarray:
+    """r - mean of the others of the group = G / (G - 1) (r - mean) (RLOO, arXiv:2402.14740)."""
+    group = rewards.shape[1]
+    return _centred(rewards) * (group / (group - 1))
+
+
+def reinforce_pp(rewards: np.ndarray, lengths: np.ndarray, eps: float) -> np.ndarray:
+    """(r - mean) / (std + eps) over all tokens of all completions, ddof 1 (REINFORCE++, arXiv:2501.03262).
+
+    Every token of a completion has its reward as return (no discount, KL in the loss); there is no group baseline, so a
+    group of equal rewards keeps an advantage unless all of the batch are equal.
+    """
+    tokens = lengths.sum()
+    mean = (rewards * lengths).sum() / tokens
+    variance = ((rewards - mean) ** 2 * lengths).sum() / max(tokens - 1, 1)
+    if rewards.max() == rewards.min():
+        return np.zeros_like(rewards)
+    return (rewards - mean) / (np.sqrt(variance) + eps)
+
+
+def max_rl(rewards: np.ndarray, lengths: np.ndarray, eps: float) -> np.ndarray:
+    """(r - mean) / mean of the group, 0 where the mean is 0 (MaxRL, for rewards from 0; prime-rl)."""
+    mean = rewards.mean(axis=1, keepdims=True)
+    return np.where(mean > 0, _centred(rewards) / np.where(mean > 0, mean, 1.0), 0.0)
+
+
+def opo(rewards: np.ndarray, lengths: np.ndarray, eps: float) -> np.ndarray:
+    """r - sum(l r) / sum(l) of the group: the baseline of least variance if gradients grow with length
+    (OPO, arXiv:2505.23585)."""
+    baseline = (rewards * lengths).sum(axis=1, keepdims=True) / lengths.sum(axis=1, keepdims=True)
+    return _minus(rewards, baseline)
+
+
+ADVANTAGES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "batch_std": batch_std,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "max_rl": max_rl,
+    "opo": opo,
+}
+
+
+def group_advantages(
+    rewards: np.ndarray, lengths: np.ndarray, name: str, eps: float, *, clip: float = 0.0
+) -> np.ndarray:
+    """Advantages [P, G] float32 of rewards [P, G] for completions of `lengths` [P, G] tokens.
+
+    Computed in float64. A group of equal rewards gets exactly 0 (but for `reinforce_pp`). `clip` > 0 bounds |A|.
 
     Raises:
-      ValueError: the group size is 1, or a reward is not finite.
+      ValueError: the group size is 1, a reward is not finite, or `max_rl` meets a negative one.
     """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards have shape {rewards.shape}; advantages need [prompts, group] with a group of >= 2")
+    if rewards.ndim != 2 or (rewards.shape[1] < 2 and name != "reinforce_pp"):
+        raise ValueError(f"rewards have shape {rewards.shape}; {name} needs [prompts, group] with a group of >= 2")
     if not np.isfinite(rewards).all():
         raise ValueError("a reward is not finite; a verifier must give a number for every completion")
-    return ADVANTAGES[name](rewards.astype(np.float64), eps).astype(np.float32)
+    if name == "max_rl" and rewards.min() < 0:
+        raise ValueError(f"a reward is {rewards.min()}; max_rl divides by the mean and needs rewards of at least 0")
+    advantages = ADVANTAGES[name](rewards.astype(np.float64), lengths.astype(np.float64), eps)
+    if clip > 0:
+        advantages = np.clip(advantages, -clip, clip)
+    return advantages.astype(np.float32)

@@ -13,10 +13,12 @@ from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
 from rljax.mesh import microbatch_sharding, num_row_shards, replicated
 from rljax.metrics import Metric, WeightedMean, merge
 from rljax.models.qwen2 import Params
-from rljax.rl.losses import behaviour_gap
-from rljax.rl.packing import microbatches, rows_per_microbatch, select_rows
-from rljax.rl.update import Compute, grpo_update, init_state, make_optimizer, score
-from rljax.types import TrainBatch, TrainState
+from rljax.rl.aggregation import UpdateLengths, token_weights
+from rljax.rl.losses import behaviour_gap, kl_of
+from rljax.rl.optimizer import init_state, make_optimizer
+from rljax.rl.packing import Packing, microbatches, pack, row_shape, train_batch
+from rljax.rl.update import Compute, grpo_update, score
+from rljax.types import LENGTH, Rollouts, TrainBatch, TrainState, select_prompts
 
 
 def state_shapes(param_shapes: Params, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
@@ -26,6 +28,8 @@ def state_shapes(param_shapes: Params, optimizer: OptimizerConfig, mesh: Mesh) -
     whole = replicated(mesh)
 
     def on(shape: Any, sharding: Any) -> Any:
+        if isinstance(shape, optax.MaskedNode):  # Muon: this parameter has its moments with the other rule
+            return shape
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     opt_state = optax.tree_map_params(
@@ -34,6 +38,7 @@ def state_shapes(param_shapes: Params, optimizer: OptimizerConfig, mesh: Mesh) -
         shapes.opt_state,
         placed,
         transform_non_params=lambda shape: on(shape, whole),
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
     return TrainState(
         jax.tree.map(on, shapes.params, placed), opt_state, on(shapes.updates, whole), on(shapes.skipped, whole)
@@ -44,6 +49,16 @@ def fresh_state(params: Params, shapes: TrainState, optimizer: OptimizerConfig) 
     """State around a copy of `params`, placed as `shapes` say."""
     make = jax.jit(lambda p: init_state(p, optimizer), out_shardings=jax.tree.map(lambda s: s.sharding, shapes))
     return make(params)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateRows:
+    """What one update learns from."""
+
+    batch: TrainBatch  # [M, b, T] leaves
+    num_microbatches: np.ndarray  # [] int32, those in use
+    packing: Packing
+    metrics: dict[str, Metric]
 
 
 @dataclasses.dataclass
@@ -59,48 +74,133 @@ class Learner:
     optimizer: OptimizerConfig
     compute: Compute
 
-    def score(self, params: Params, batch: TrainBatch) -> np.ndarray:
-        """Log-probs [B, T] of `batch` ([B, T] leaves) under `params`; 0 outside the loss mask."""
-        rows = batch.tokens.shape[0]
-        scored = score(params, self._split(batch), arch=self.arch, compute=self.compute)
-        return np.asarray(scored).reshape(-1, batch.tokens.shape[1])[:rows]
+    def step(self, rollouts: Rollouts, advantages: np.ndarray) -> dict[str, Metric]:
+        """`updates_per_step` optimizer updates, each on as many prompts, in order.
 
-    def rescore(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, Metric]]:
-        """`batch` with reference and, if asked for, recomputed old log-probs."""
-        metrics: dict[str, Metric] = {}
-        if self.reference is not None:
-            batch = dataclasses.replace(batch, reference_logprobs=self.score(self.reference, batch))
-        if self.algorithm.old_logprobs == "recompute":
-            old = self.score(self.state.params, batch)
-            metrics = behaviour_gap(jnp.asarray(old), batch)
-            batch = dataclasses.replace(batch, old_logprobs=old)
-        return batch, metrics
-
-    def step(self, batch: TrainBatch) -> dict[str, Metric]:
-        """`updates_per_step` optimizer updates on the rows of `batch` ([B, T] NumPy leaves, whole groups in order)."""
-        batch, gap = self.rescore(batch)
-        rows = batch.tokens.shape[0] // self.algorithm.updates_per_step
-        merged: dict[str, Metric] = {}
-        for index in range(self.algorithm.updates_per_step):
-            part = select_rows(batch, slice(index * rows, (index + 1) * rows), self.algorithm.aggregation)
-            self.state, metrics = grpo_update(
-                self.state,
-                self._split(part),
-                arch=self.arch,
-                algorithm=self.algorithm,
-                optimizer=self.optimizer,
-                compute=self.compute,
-            )
-            if index == 0:
-                # Later updates no longer hold the parameters that sampled.
-                gap = gap or {name: metrics[name] for name in metrics if name.startswith("policy/behaviour_gap")}
-            merged = merge(merged, metrics)
+        Args:
+          rollouts: a completion of length 0 has no part in anything.
+          advantages: [P, G].
+        """
+        rollouts = that_count(rollouts, advantages, self.algorithm)
+        with jax.set_mesh(self.mesh):
+            updates = [self._rows(part, a) for part, a in self._parts(rollouts, advantages)]
+            updates, gap = self._rescored(updates)
+            merged: dict[str, Metric] = {}
+            for index, rows in enumerate(updates):
+                self.state, metrics = grpo_update(
+                    self.state,
+                    self._on_device(rows.batch),
+                    rows.num_microbatches,
+                    arch=self.arch,
+                    algorithm=self.algorithm,
+                    optimizer=self.optimizer,
+                    compute=self.compute,
+                )
+                if index == 0:
+                    # Later updates no longer hold the parameters that sampled.
+                    gap = gap or {name: metrics[name] for name in metrics if name.startswith("policy/behaviour_gap")}
+                merged = merge(merged, merge(metrics, rows.metrics))
         return merged | gap
 
-    def _split(self, batch: TrainBatch) -> TrainBatch:
-        shards = num_row_shards(self.mesh)
-        each = rows_per_microbatch(batch.tokens.shape[1], self.algorithm.microbatch_tokens, shards)
-        return jax.device_put(microbatches(batch, each, shards), microbatch_sharding(self.mesh))
+    def score(self, params: Params, rollouts: Rollouts) -> np.ndarray:
+        """Log-probs [B, R] of the completions under `params` (learner layout); 0 after their ends."""
+        anything = np.ones((len(rollouts.prompts), rollouts.group_size), np.float32)
+        with jax.set_mesh(self.mesh):
+            updates = [self._rows(part, a) for part, a in self._parts(rollouts, anything)]
+            scored = [np.asarray(self._score(params, rows)) for rows in updates]
+        slots = rollouts.tokens.shape[1]
+        return np.concatenate([u.packing.by_completion(s, slots) for u, s in zip(updates, scored, strict=True)])
+
+    def kl_penalty(self, rollouts: Rollouts) -> tuple[np.ndarray, dict[str, Metric]]:
+        """[P, G] float64, what `kl_in: reward` takes off the rewards: kl_coefficient x the summed KL to the reference.
+
+        Of the old log-probs, or the sampler's where old ones are not recomputed.
+        """
+        assert self.reference is not None, "there is no reference model; algorithm.kl_coefficient is 0"
+        old = rollouts.behaviour_logprobs
+        if self.algorithm.old_logprobs == "recompute":
+            old = self.score(self.state.params, rollouts)
+        gap = jnp.asarray(old - self.score(self.reference, rollouts))
+        kl = np.asarray(kl_of(gap, self.algorithm.kl_estimator), np.float64)
+        total = kl.sum(axis=1).reshape(-1, rollouts.group_size)  # both are 0 after the end, and so is an estimate of 0
+        metrics: dict[str, Metric] = {"policy/reference_kl": WeightedMean(total.sum(), rollouts.lengths.sum())}
+        return self.algorithm.kl_coefficient * total, metrics
+
+    def _parts(self, rollouts: Rollouts, advantages: np.ndarray) -> list[tuple[Rollouts, np.ndarray]]:
+        places = np.split(np.arange(len(rollouts.prompts)), self.algorithm.updates_per_step)
+        return [(select_prompts(rollouts, part), advantages[part]) for part in places]
+
+    def _rows(self, rollouts: Rollouts, advantages: np.ndarray) -> UpdateRows:
+        """Of one update. Groups that cannot change the parameters are left out, but for the loss's divisor."""
+        lengths, algorithm = rollouts.lengths.reshape(advantages.shape), self.algorithm
+        prompt_slots, completion_slots = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
+        update = UpdateLengths(lengths, rollouts.prompts.lengths, completion_slots, algorithm.microbatch_tokens)
+        weights = token_weights(update, algorithm.aggregation)
+        kept = np.ones(len(lengths), bool)
+        if zero_advantages_are_idle(algorithm):
+            kept = (advantages != 0).any(axis=1)
+        shape = row_shape(
+            self.arch,
+            prompt_slots,
+            completion_slots,
+            rollouts.group_size,
+            completions=lengths.size,
+            row_shards=num_row_shards(self.mesh),
+            microbatch_tokens=algorithm.microbatch_tokens,
+            platform=self.mesh.devices.flat[0].platform,
+        )
+        left = select_prompts(rollouts, np.flatnonzero(kept))
+        packing = pack(left.prompts.lengths, lengths[kept], shape.positions)
+        batch, in_use = microbatches(train_batch(left, advantages[kept], weights[kept], packing), shape)
+        slots = in_use * shape.rows * shape.positions
+        idle_weight = float((weights * lengths)[~kept].sum())
+        return UpdateRows(
+            batch,
+            np.int32(in_use),  # type: ignore[arg-type]
+            packing,
+            {
+                "policy/loss": WeightedMean(0.0, idle_weight),  # the loss of what was left out
+                "learner/padding_fraction": WeightedMean(slots - packing.used, slots),
+                "learner/dropped_group_fraction": WeightedMean(int((~kept).sum()), len(kept)),
+            },
+        )
+
+    def _rescored(self, updates: list[UpdateRows]) -> tuple[list[UpdateRows], dict[str, Metric]]:
+        """`updates` with reference and, if asked for, recomputed old log-probs, under the parameters as they are."""
+        scored, gap = [], {}
+        for rows in updates:
+            batch = rows.batch
+            if self.reference is not None and self.algorithm.kl_in == "loss":
+                batch = dataclasses.replace(batch, reference_logprobs=self._score(self.reference, rows))
+            if self.algorithm.old_logprobs == "recompute":
+                old = self._score(self.state.params, rows)
+                gap = merge(gap, behaviour_gap(old, batch))
+                batch = dataclasses.replace(batch, old_logprobs=old)
+            scored.append(dataclasses.replace(rows, batch=batch))
+        return scored, gap
+
+    def _score(self, params: Params, rows: UpdateRows) -> jax.Array:
+        return score(params, self._on_device(rows.batch), rows.num_microbatches, arch=self.arch, compute=self.compute)
+
+    def _on_device(self, batch: TrainBatch) -> TrainBatch:
+        return jax.device_put(batch, microbatch_sharding(self.mesh))
+
+
+def that_count(rollouts: Rollouts, advantages: np.ndarray, algorithm: AlgorithmConfig) -> Rollouts:
+    """`rollouts`, those completions with length 0 that `overlong` and `zero_variance_groups` keep out of the loss."""
+    lengths = rollouts.lengths
+    if algorithm.overlong == "mask":
+        lengths = np.where(rollouts.stop_reasons == LENGTH, 0, lengths)
+    if algorithm.zero_variance_groups == "drop":
+        lengths = np.where(np.repeat((advantages == 0).all(axis=1), rollouts.group_size), 0, lengths)
+    return dataclasses.replace(rollouts, lengths=lengths)
+
+
+def zero_advantages_are_idle(algorithm: AlgorithmConfig) -> bool:
+    """Whether a token of advantage 0 has no gradient: nothing but the advantage pulls at it."""
+    with_kl = algorithm.kl_coefficient > 0 and algorithm.kl_in == "loss"
+    with_penalty = algorithm.loss == "dppo_mask" and algorithm.dppo_penalty > 0
+    return not with_kl and not with_penalty and algorithm.entropy_coefficient == 0
 
 
 def group_metrics(rewards: np.ndarray) -> dict[str, Metric]:

@@ -69,4 +69,5 @@ def _score(
     place = jnp.arange(tokens.shape[1])
     mask = (place >= bounds[:, :1]) & (place < bounds[:, 1:])
     hidden, _, _ = prefill(params, arch, tokens, bounds[:, 1])
-    return token_logprobs(params, arch, hidden, tokens, mask, temperature)[0]
+    source = jnp.broadcast_to(jnp.maximum(place - 1, 0), tokens.shape)
+    return token_logprobs(params, arch, hidden, source, tokens, mask, temperature)[0]

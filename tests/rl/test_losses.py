@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rljax.config import AlgorithmConfig
-from rljax.rl.losses import KL_ESTIMATORS, behaviour_gap, clip_loss, grpo_loss
-from rljax.rl.packing import token_weights
+from rljax.rl.aggregation import UpdateLengths, token_weights
+from rljax.rl.losses import KL_ESTIMATORS, behaviour_gap, clipped_surrogate, grpo_loss
 from rljax.types import TrainBatch
 
 
@@ -16,10 +16,12 @@ def batch_of(
 ) -> TrainBatch:
     mask_array = np.array(mask, bool)
     zeros = np.zeros(mask_array.shape, np.float32)
+    none = zeros.astype(np.int32)
+    update = UpdateLengths(mask_array.sum(axis=1)[None], np.array([1]), cap=4, microbatch_tokens=64)
     return TrainBatch(
-        tokens=zeros.astype(np.int32), positions=zeros.astype(np.int32), group=zeros.astype(np.int32),
-        completion=mask_array.astype(np.int32), loss_mask=mask_array,
-        advantages=np.array(advantages, np.float32), weights=token_weights(mask_array, aggregation),
+        tokens=none, positions=none, source=none, group=none, completion=mask_array.astype(np.int32),
+        loss_mask=mask_array, advantages=np.array(advantages, np.float32),
+        weights=mask_array * token_weights(update, aggregation).reshape(-1, 1),
         old_logprobs=zeros + np.float32(old), behaviour_logprobs=zeros + np.float32(old),
         reference_logprobs=zeros + np.float32(reference),
     )  # fmt: skip
@@ -30,7 +32,7 @@ def ratio_loss(ratio: float, advantage: float, **options: float) -> tuple[float,
     algorithm = AlgorithmConfig(**options)
 
     def loss(logprob: jax.Array) -> jax.Array:
-        return clip_loss(jnp.exp(logprob), jnp.float32(advantage), algorithm)[0]
+        return clipped_surrogate(jnp.exp(logprob), jnp.float32(advantage), algorithm)[0]
 
     value, gradient = jax.value_and_grad(loss)(jnp.log(jnp.float32(ratio)))
     return float(value), float(gradient)
@@ -64,14 +66,6 @@ def test_token_mean_of_three_ratios() -> None:
     assert float(loss) == pytest.approx(-0.633333, abs=1e-6)
     assert metrics["policy/clip_fraction"].value() == pytest.approx(1 / 3)
     assert metrics["policy/ratio_max"].value() == pytest.approx(1.5)
-
-
-@pytest.mark.parametrize(("aggregation", "expected"), [("token_mean", 0.25), ("seq_mean_token_mean", 0.5)])
-def test_aggregation(aggregation: str, expected: float) -> None:
-    # lengths 1 and 3, token losses [1] and [0, 0, 0]
-    batch = batch_of([[1, 0, 0], [1, 1, 1]], [[-1, 0, 0], [0, 0, 0]], aggregation=aggregation)
-    loss, _ = grpo_loss(jnp.zeros((2, 3)), jnp.zeros((2, 3)), batch, AlgorithmConfig(kl_coefficient=0))
-    assert float(loss) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""An update does not depend on how it is cut up, and does what torch's AdamW and clipping do."""
+"""An update does not depend on how it is packed and cut up, and a step uses each completion once."""
 
 import dataclasses
 
@@ -13,10 +13,12 @@ from rljax.config import AlgorithmConfig, OptimizerConfig
 from rljax.mesh import microbatch_sharding
 from rljax.models.attention import AttentionLayout
 from rljax.models.qwen2 import forward, logits
+from rljax.rl.aggregation import UpdateLengths, token_weights
 from rljax.rl.learner import Learner, fresh_state, state_shapes
 from rljax.rl.logprobs import batch_logprobs
-from rljax.rl.packing import microbatches, padded_length, rows_of_sequences, select_rows, token_weights, train_batch
-from rljax.rl.update import Compute, apply_gradients, grpo_update, init_state
+from rljax.rl.optimizer import init_state
+from rljax.rl.packing import Packing, RowShape, microbatches, pack, train_batch
+from rljax.rl.update import Compute, grpo_update, score
 from rljax.types import LENGTH, Rollouts, TrainBatch, TrainState
 
 ALGORITHM = AlgorithmConfig(kl_coefficient=0.05)
@@ -34,22 +36,61 @@ def make_rollouts(seed: int = 0) -> Rollouts:
     return Rollouts(prompts, 4, tokens, lengths, logprobs, np.full(8, LENGTH, np.int8))
 
 
+def one_per_row(rollouts: Rollouts, row_length: int = 32) -> Packing:
+    """A prompt and a completion in each row: what packing is held against."""
+    number, zeros = len(rollouts.lengths), np.zeros(len(rollouts.lengths), int)
+    prompt = np.arange(number) // rollouts.group_size
+    return Packing(
+        row_length, number, rollouts.prompts.lengths, rollouts.lengths, copy_prompt=prompt, copy_row=np.arange(number),
+        copy_start=zeros, copy_group=zeros, completion_copy=np.arange(number),
+        completion_start=rollouts.prompts.lengths[prompt], completion_number=zeros + 1,
+    )  # fmt: skip
+
+
+def packed(rollouts: Rollouts, row_length: int) -> Packing:
+    return pack(rollouts.prompts.lengths, rollouts.lengths.reshape(-1, rollouts.group_size), row_length)
+
+
+def weights_of(rollouts: Rollouts, aggregation: str = "token_mean") -> np.ndarray:
+    lengths = rollouts.lengths.reshape(-1, rollouts.group_size)
+    return token_weights(UpdateLengths(lengths, rollouts.prompts.lengths, 14, 1), aggregation)
+
+
+def logprobs_of(params, arch, batch: TrainBatch):
+    return batch_logprobs(params, arch, batch, temperature=1.0, compute_dtype="float32", remat="none")
+
+
+def make_batch(params, arch, packing: Packing) -> TrainBatch:
+    """Old log-probs a little off the policy's, so that ratios differ from 1 and some are clipped."""
+    rollouts = make_rollouts()
+    advantages = np.random.default_rng(1).normal(size=(2, 4)).astype(np.float32)
+    dense = one_per_row(rollouts)
+    exact, _ = logprobs_of(params, arch, train_batch(rollouts, advantages, weights_of(rollouts), dense))
+    exact = dense.by_completion(np.asarray(exact), 14)
+    noise = np.random.default_rng(2).normal(0, 0.2, exact.shape)
+    batch = train_batch(rollouts, advantages, weights_of(rollouts), packing)
+
+    def by_token(values: np.ndarray) -> np.ndarray:
+        rows = np.zeros(batch.tokens.shape, np.float32)
+        rows.reshape(-1)[packing.completion_slots()] = values[np.arange(14) < rollouts.lengths[:, None]]
+        return rows
+
+    return dataclasses.replace(batch, old_logprobs=by_token(exact + noise), reference_logprobs=by_token(exact - noise))
+
+
 @pytest.fixture(scope="module")
 def batch(tiny, tiny_params) -> TrainBatch:
-    """Old log-probs a little off the policy's, so that ratios differ from 1 and some are clipped."""
-    made = train_batch(make_rollouts(), np.random.default_rng(1).normal(size=(2, 4)).astype(np.float32))
-    exact, _ = batch_logprobs(tiny_params, tiny, made, temperature=1.0, compute_dtype="float32", remat="none")
-    noise = np.random.default_rng(2).normal(0, 0.2, exact.shape)
-    old = np.where(made.loss_mask, exact + noise, 0).astype(np.float32)
-    reference = np.where(made.loss_mask, exact - noise, 0).astype(np.float32)
-    made = dataclasses.replace(made, old_logprobs=old, reference_logprobs=reference)
-    return select_rows(made, slice(None), "token_mean")
+    """Eight rows, one completion in each."""
+    return make_batch(tiny_params, tiny, one_per_row(make_rollouts()))
 
 
 def updated(params, tiny, mesh, batch: TrainBatch, rows_each: int, compute: Compute = Compute()):  # noqa: B008
     state = init_state(params, OPTIMIZER)
-    split = jax.device_put(microbatches(batch, rows_each, 1), microbatch_sharding(mesh))
-    return grpo_update(state, split, arch=tiny, algorithm=ALGORITHM, optimizer=OPTIMIZER, compute=compute)
+    split, in_use = microbatches(batch, RowShape(9, rows_each, batch.tokens.shape[1]))
+    split = jax.device_put(split, microbatch_sharding(mesh))
+    return grpo_update(
+        state, split, np.int32(in_use), arch=tiny, algorithm=ALGORITHM, optimizer=OPTIMIZER, compute=compute
+    )
 
 
 def gradient_of(state: TrainState):
@@ -57,11 +98,11 @@ def gradient_of(state: TrainState):
     return jax.tree.map(np.asarray, optax.tree_utils.tree_get(state.opt_state, "mu"))
 
 
-def assert_same_gradient(a: TrainState, b: TrainState) -> None:
+def assert_same_gradient(a: TrainState, b: TrainState, tolerance: float = 1e-6) -> None:
     norm = float(optax.tree.norm(gradient_of(a)))
     difference = optax.tree.norm(jax.tree.map(np.subtract, gradient_of(a), gradient_of(b)))
     assert norm > 1e-3
-    assert float(difference) / norm < 1e-6
+    assert float(difference) / norm < tolerance
 
 
 @pytest.mark.parametrize("rows_each", [1, 2, 3, 4])
@@ -72,6 +113,26 @@ def test_microbatch_split_does_not_matter(tiny, tiny_params, mesh, batch, rows_e
     for name, metric in whole_metrics.items():
         assert metric.value() == pytest.approx(part_metrics[name].value(), rel=2e-5, abs=1e-7), name
     assert 0 < whole_metrics["policy/clip_fraction"].value() < 1
+
+
+@pytest.mark.parametrize(
+    ("row_length", "num_rows", "copies"),
+    [(128, 1, 2), (64, 2, 3), (23, 4, 4)],  # groups side by side; one split, its part beside the other; both split
+)
+@pytest.mark.parametrize("rows_each", [1, 2])
+def test_packed_rows_give_the_gradient_of_one_completion_per_row(
+    tiny, tiny_params, mesh, batch, row_length, num_rows, copies, rows_each
+) -> None:
+    dense, dense_metrics = updated(tiny_params, tiny, mesh, batch, 8)
+    packing = packed(make_rollouts(), row_length)
+    assert (packing.num_rows, len(packing.copy_prompt)) == (num_rows, copies)
+    rows = make_batch(tiny_params, tiny, packing)
+    shared, metrics = updated(tiny_params, tiny, mesh, rows, rows_each)
+    assert_same_gradient(dense, shared, 1e-5)
+    for name, metric in dense_metrics.items():
+        assert metric.value() == pytest.approx(metrics[name].value(), rel=5e-5, abs=1e-6), name
+    backwards = jax.tree.map(lambda x: x[::-1], rows)
+    assert_same_gradient(dense, updated(tiny_params, tiny, mesh, backwards, rows_each)[0], 1e-5)
 
 
 def test_row_order_padding_and_remat_do_not_matter(tiny, tiny_params, mesh, batch) -> None:
@@ -100,26 +161,30 @@ def test_padding_may_hold_any_token(tiny, tiny_params, mesh, batch) -> None:
 def test_a_rewarded_completion_becomes_likelier(tiny, tiny_params, mesh, batch) -> None:
     only = np.zeros((2, 4), np.float32)
     only[1, 1] = 1.0
-    made = select_rows(train_batch(make_rollouts(), only), slice(None), "token_mean")
-    before, _ = batch_logprobs(tiny_params, tiny, made, temperature=1.0, compute_dtype="float32", remat="none")
+    rollouts = make_rollouts()
+    packing = packed(rollouts, 64)
+    made = train_batch(rollouts, only, weights_of(rollouts), packing)
+    before, _ = logprobs_of(tiny_params, tiny, made)
     made = dataclasses.replace(made, old_logprobs=before, reference_logprobs=before)
     state, metrics = updated(tiny_params, tiny, mesh, made, 8)
-    after, _ = batch_logprobs(state.params, tiny, made, temperature=1.0, compute_dtype="float32", remat="none")
-    assert float(after[5].sum()) > float(before[5].sum())
+    after, _ = logprobs_of(state.params, tiny, made)
+    change = packing.by_completion(np.asarray(after) - np.asarray(before), 14).sum(axis=1)
+    assert change.argmax() == 5 and change[5] > 0
     assert metrics["policy/ratio_max"].value() == pytest.approx(1.0, abs=1e-6)
     assert metrics["policy/reference_kl"].value() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_stop_token_is_trained_even_where_it_is_the_pad_token(tiny, tiny_params) -> None:
+def test_the_stop_token_is_trained_even_where_it_is_the_pad_token() -> None:
     """Masks come from lengths: a completion whose tokens all equal the padding id 0 is still a completion."""
-    rows = rows_of_sequences([np.array([4, 5], np.int32)], [np.array([7, 0], np.int32)])
-    assert rows["loss_mask"][0, :5].tolist() == [False, False, True, True, False]
-    assert rows["completion"][0, :5].tolist() == [0, 0, 1, 1, 0]
+    rollouts = dataclasses.replace(make_rollouts(), tokens=np.zeros((8, 14), np.int32))
+    batch = train_batch(rollouts, np.ones((2, 4)), weights_of(rollouts), packed(rollouts, 64))
+    assert np.asarray(batch.loss_mask).sum() == rollouts.lengths.sum()
 
 
 def test_uniform_logits_score_minus_log_vocabulary(tiny, tiny_params) -> None:
     flat = jax.tree.map(jnp.zeros_like, tiny_params)
-    made = train_batch(make_rollouts(), np.zeros((2, 4)))
+    rollouts = make_rollouts()
+    made = train_batch(rollouts, np.zeros((2, 4)), weights_of(rollouts), packed(rollouts, 64))
     logprobs, entropy = batch_logprobs(flat, tiny, made, temperature=0.5, compute_dtype="float32", remat="none")
     mask = np.asarray(made.loss_mask)
     np.testing.assert_allclose(np.asarray(logprobs)[mask], -np.log(37), rtol=1e-6)
@@ -128,9 +193,9 @@ def test_uniform_logits_score_minus_log_vocabulary(tiny, tiny_params) -> None:
 
 
 def test_chunks_of_logits_do_not_matter(tiny, tiny_params, batch, monkeypatch) -> None:
-    whole, _ = batch_logprobs(tiny_params, tiny, batch, temperature=1.0, compute_dtype="float32", remat="none")
+    whole, _ = logprobs_of(tiny_params, tiny, batch)
     monkeypatch.setattr("rljax.models.scoring.MAX_LOGITS", 7 * tiny.vocab_size)
-    chunked, _ = batch_logprobs(tiny_params, tiny, batch, temperature=1.0, compute_dtype="float32", remat="none")
+    chunked, _ = logprobs_of(tiny_params, tiny, batch)
     np.testing.assert_allclose(whole, chunked, atol=1e-6)
 
 
@@ -156,116 +221,140 @@ def test_packed_and_shared_prompt_rows_equal_one_sequence_per_row(tiny, tiny_par
     np.testing.assert_allclose(packed[9:], alone[1], atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------- optimizer
-
-
-def test_twenty_steps_of_clipped_adamw_by_hand() -> None:
-    """Against the textbook update in float64: torch's decoupled decay, bias correction, clip with 1e-6."""
-    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1.0)
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=5)
-    state = init_state({"w": jnp.asarray(weights, jnp.float32)}, config)
-    m = v = np.zeros(5)
-    for step in range(1, 21):
-        grad = rng.normal(size=5) * (3.0 if step % 2 else 0.1)
-        state, metrics = apply_gradients(state, {"w": jnp.asarray(grad, jnp.float32)}, config)
-        norm = np.linalg.norm(grad)
-        assert metrics["policy/grad_norm"].value() == pytest.approx(norm, rel=1e-5)
-        grad = grad * min(1, 1.0 / (norm + 1e-6))
-        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
-        weights = weights * (1 - 1e-2 * 0.1)
-        weights = weights - 1e-2 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
-    np.testing.assert_allclose(state.params["w"], weights, rtol=2e-5)
-    assert int(state.updates) == 20 and int(state.skipped) == 0
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float) -> None:
-    config = OptimizerConfig(learning_rate=1e-2)
-    state = init_state({"w": jnp.ones(3)}, config)
-    state, _ = apply_gradients(state, {"w": jnp.array([0.1, 0.2, 0.3])}, config)
-    after = state
-    for times in (1, 2, 3):  # a third one in a row is refused as the first is
-        after, metrics = apply_gradients(after, {"w": jnp.array([0.1, bad, 0.3])}, config)
-        assert int(after.skipped) == times and metrics["policy/skipped_updates"].value() == 1
-    for before, now in zip(
-        jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((after.params, after.opt_state)), strict=True
-    ):
-        np.testing.assert_array_equal(before, now)
-
-
-def test_learning_rate_by_update() -> None:
-    """With a constant gradient Adam moves by the learning rate: the steps are the schedule."""
-
-    def rates(**options: int) -> list[float]:
-        config = OptimizerConfig(learning_rate=0.5, weight_decay=0.0, max_grad_norm=0.0, eps=0.0, **options)
-        state, moves = init_state({"w": jnp.zeros(1)}, config), []
-        for _ in range(6):
-            after, _ = apply_gradients(state, {"w": jnp.ones(1)}, config)
-            moves.append(float(state.params["w"][0] - after.params["w"][0]))
-            state = after
-        return moves
-
-    assert rates() == pytest.approx([0.5] * 6, abs=1e-5)
-    assert rates(warmup_updates=2) == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5], abs=1e-5)
-    assert rates(decay_updates=5) == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0], abs=1e-5)
-    assert rates(warmup_updates=2, decay_updates=6) == pytest.approx([0, 0.25, 0.5, 0.375, 0.25, 0.125], abs=1e-5)
-
-
-def test_masters_move_where_bfloat16_would_not() -> None:
-    state, _ = apply_gradients(init_state({"w": jnp.ones(1)}, OptimizerConfig()), {"w": jnp.ones(1)}, OptimizerConfig())
-    assert 0 < 1 - float(state.params["w"][0]) < 2e-6
-
-
 # ------------------------------------------------------------------------------------------------------------ learner
 
 
-def test_learner_step_uses_each_row_once_and_leaves_the_reference(tiny, tiny_params, mesh) -> None:
+def make_learner(params, arch, mesh, **options) -> Learner:
+    """With a reference where there is a KL; options of the algorithm."""
     shapes = state_shapes(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tiny_params),
-        OPTIMIZER,
-        mesh,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params), OPTIMIZER, mesh
     )
-    algorithm = dataclasses.replace(ALGORITHM, updates_per_step=2, group_size=4)
-    learner = Learner(
-        fresh_state(tiny_params, shapes, OPTIMIZER), tiny_params, tiny, mesh, algorithm, OPTIMIZER, Compute()
-    )
+    algorithm = dataclasses.replace(ALGORITHM, **({"updates_per_step": 2, "group_size": 4} | options))
+    reference = params if algorithm.kl_coefficient > 0 else None
+    return Learner(fresh_state(params, shapes, OPTIMIZER), reference, arch, mesh, algorithm, OPTIMIZER, Compute())
+
+
+def some_advantages(prompts: int = 2) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(prompts, 4)).astype(np.float32)
+
+
+def test_learner_step_uses_each_completion_once_and_leaves_the_reference(tiny, tiny_params, mesh) -> None:
+    learner = make_learner(tiny_params, tiny, mesh)
     before = jax.tree.map(np.array, tiny_params)
-    metrics = learner.step(train_batch(make_rollouts(), np.random.default_rng(1).normal(size=(2, 4))))
+    metrics = learner.step(make_rollouts(), some_advantages())
     assert int(learner.state.updates) == 2
     assert metrics["policy/entropy"].weight == 52  # completion tokens of both updates
     assert metrics["policy/behaviour_gap_mean"].weight == 52  # all of them: rescored before the first update
     assert metrics["policy/reference_kl"].value() > 0
+    assert metrics["learner/dropped_group_fraction"].value() == 0
+    padding = metrics["learner/padding_fraction"]
+    assert padding.weight - padding.total == 52 + 5 + 9  # each prompt once
     for old, now in zip(jax.tree.leaves(before), jax.tree.leaves(tiny_params), strict=True):
         np.testing.assert_array_equal(old, now)
 
 
-def test_no_program_is_compiled_twice(tiny, tiny_params, mesh, batch) -> None:
-    updated(tiny_params, tiny, mesh, batch, 4)
-    before = grpo_update._cache_size()
-    for seed in range(3):
-        other = select_rows(train_batch(make_rollouts(seed), np.ones((2, 4))), slice(None), "token_mean")
-        updated(tiny_params, tiny, mesh, other, 4)
-    assert grpo_update._cache_size() == before
+def test_a_step_is_what_it_was_with_one_completion_per_row(tiny, tiny_params, mesh) -> None:
+    """Numbers of commit c62282f, which padded every prompt and completion to a row of its own."""
+    learner = make_learner(tiny_params, tiny, mesh)
+    metrics = learner.step(make_rollouts(), some_advantages())
+    expected = {
+        "policy/loss": -0.237390368,
+        "policy/grad_norm": 2.385627747,
+        "policy/reference_kl": 0.024059204,
+        "policy/clip_fraction": 0.153846154,
+        "policy/old_kl": 0.011720341,
+        "policy/ratio_max": 1.547476053,
+        "policy/entropy": 3.442236093,
+        "policy/behaviour_gap_mean": 1.714837441,
+        "policy/behaviour_gap_max": 4.174209118,
+    }
+    assert {name: metrics[name].value() for name in expected} == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    moved = jax.tree.map(jnp.subtract, learner.state.params, tiny_params)
+    assert float(optax.tree.norm(moved)) == pytest.approx(2.15372992, rel=1e-5)
+    corner = [0.10423602, -0.03030065, 0.13713311, -0.07592639]
+    np.testing.assert_allclose(learner.state.params["embed"][3, :4], corner, atol=2e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------ packing
+def test_scores_come_back_in_the_order_of_the_rollouts(tiny, tiny_params, mesh) -> None:
+    rollouts = make_rollouts()
+    dense = one_per_row(rollouts)
+    exact, _ = logprobs_of(tiny_params, tiny, train_batch(rollouts, some_advantages(), weights_of(rollouts), dense))
+    scored = make_learner(tiny_params, tiny, mesh).score(tiny_params, rollouts)
+    assert scored.shape == (8, 14)
+    np.testing.assert_allclose(scored, dense.by_completion(np.asarray(exact), 14), atol=1e-5)
+    # The metric that compares with the sampler is taken of the same numbers.
+    gap = np.abs(scored - rollouts.behaviour_logprobs)
+    metrics = make_learner(tiny_params, tiny, mesh).step(rollouts, some_advantages())
+    assert metrics["policy/behaviour_gap_max"].value() == pytest.approx(gap.max(), abs=1e-5)
+    assert metrics["policy/behaviour_gap_mean"].value() == pytest.approx(gap.sum() / 52, abs=1e-5)
 
 
-def test_weights_sum_to_one_and_lengths_are_bucketed() -> None:
-    mask = np.array([[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
-    np.testing.assert_allclose(token_weights(mask, "token_mean")[mask], 0.25)
-    np.testing.assert_allclose(token_weights(mask, "seq_mean_token_mean")[mask], [1 / 6] * 3 + [0.5])
-    assert not token_weights(np.zeros((2, 2), bool), "token_mean").any()
-    assert [padded_length(n) for n in (1, 32, 33, 48, 49, 64, 65, 97)] == [32, 32, 48, 48, 64, 64, 96, 128]
+def random_rollouts(seed: int) -> Rollouts:
+    """Six prompts of up to 16 tokens, four completions each, short at one seed and long at the next, cap 40."""
+    rng = np.random.default_rng(seed)
+    lengths = np.minimum(rng.geometric(1 / (3 + seed % 7 * 6), 24), 40).astype(np.int32)
+    inside = np.arange(40) < lengths[:, None]
+    prompts = make_prompts(rng.integers(1, 17, 6).tolist(), seed=seed, slots=16)
+    tokens = np.where(inside, rng.integers(2, 37, (24, 40)), 0).astype(np.int32)
+    logprobs = np.where(inside, -rng.random((24, 40)) * 4, 0).astype(np.float32)
+    return Rollouts(prompts, 4, tokens, lengths, logprobs, np.full(24, LENGTH, np.int8))
+
+
+def test_twenty_steps_of_any_lengths_are_one_program(tiny, tiny_params, mesh) -> None:
+    learner = make_learner(tiny_params, tiny, mesh, microbatch_tokens=96)
+    learner.step(random_rollouts(0), some_advantages(6))
+    programs, slots = (grpo_update._cache_size(), score._cache_size()), set()
+    for seed in range(1, 21):
+        slots.add(learner.step(random_rollouts(seed), some_advantages(6))["learner/padding_fraction"].weight)
+    assert (grpo_update._cache_size(), score._cache_size()) == programs
+    assert len(slots) > 5  # numbers of micro-batches in use
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
+def test_groups_without_advantage_are_dropped_but_counted(tiny, tiny_params, mesh, monkeypatch, aggregation) -> None:
+    advantages = some_advantages()
+    advantages[0] = 0
+    options = {"updates_per_step": 1, "kl_coefficient": 0.0, "aggregation": aggregation, "old_logprobs": "behaviour"}
+
+    def step() -> tuple[TrainState, dict]:
+        learner = make_learner(tiny_params, tiny, mesh, **options)
+        metrics = learner.step(make_rollouts(), advantages)
+        return learner.state, metrics
+
+    state, metrics = step()
+    assert metrics["learner/dropped_group_fraction"].value() == 0.5
+    assert metrics["policy/entropy"].weight == 27
+    monkeypatch.setattr("rljax.rl.learner.zero_advantages_are_idle", lambda algorithm: False)
+    whole, whole_metrics = step()
+    assert whole_metrics["learner/dropped_group_fraction"].value() == 0
+    assert_same_gradient(whole, state)
+    assert metrics["policy/loss"].value() == pytest.approx(whole_metrics["policy/loss"].value(), rel=1e-5)
+    assert metrics["policy/grad_norm"].value() == pytest.approx(whole_metrics["policy/grad_norm"].value(), rel=1e-5)
+
+
+def test_an_update_without_any_advantage_is_one_of_gradient_zero(tiny, tiny_params, mesh) -> None:
+    learner = make_learner(tiny_params, tiny, mesh, kl_coefficient=0.0)
+    metrics = learner.step(make_rollouts(), np.zeros((2, 4), np.float32))
+    assert metrics["learner/dropped_group_fraction"].value() == 1
+    assert int(learner.state.updates) == 2 and int(learner.state.skipped) == 0
+    assert metrics["policy/grad_norm"].value() == 0
+    assert all(np.isfinite(metric.value()) for metric in metrics.values())
 
 
 @pytest.mark.parametrize(
-    ("rows_each", "shards", "shape"), [(8, 1, (1, 8)), (3, 1, (3, 3)), (4, 4, (2, 4)), (6, 2, (2, 4))]
+    "options",
+    [{"kl_coefficient": 0.1}, {"entropy_coefficient": 0.1}, {"loss": "dppo_mask", "dppo_penalty": 0.1}],
 )
-def test_microbatches_keep_every_row_once(batch, rows_each, shards, shape) -> None:
-    split = microbatches(batch, rows_each, shards)
-    assert split.tokens.shape[:2] == shape
-    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), split)
-    np.testing.assert_array_equal(flat.tokens[:8], batch.tokens)
-    assert (flat.group[8:] == -1).all() and not flat.weights[8:].any() and not flat.loss_mask[8:].any()
+def test_nothing_is_dropped_where_something_else_pulls(tiny, tiny_params, mesh, options) -> None:
+    learner = make_learner(tiny_params, tiny, mesh, **({"kl_coefficient": 0.0} | options))
+    metrics = learner.step(make_rollouts(), np.zeros((2, 4), np.float32))
+    assert metrics["learner/dropped_group_fraction"].value() == 0
+    assert metrics["policy/grad_norm"].value() > 0
+
+
+def test_a_completion_of_length_zero_has_no_part(tiny, tiny_params, mesh) -> None:
+    rollouts = make_rollouts()
+    without = dataclasses.replace(rollouts, lengths=np.where(np.arange(8) == 1, 0, rollouts.lengths).astype(np.int32))
+    metrics = make_learner(tiny_params, tiny, mesh).step(without, some_advantages())
+    assert metrics["policy/entropy"].weight == 52 - 14
+    assert metrics["policy/loss"].weight == pytest.approx(2)  # each update's weights sum to 1
