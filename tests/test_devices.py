@@ -33,13 +33,16 @@ def run(mesh):
     params = jax.device_put(jax.tree.map(lambda x: x * 5, params), shardings)
     sampler = Sampler(None, TINY, mesh, stop_ids=(1,), options=EngineOptions(chunk_tokens=8))
     sampler.sync(params)
-    long = sampler.generate(make_prompts([3 + 5 * i % 14 for i in range(72)]), 8, key=jax.random.key(7),
-                            max_completion_tokens=160)
-    assert sampler.stats.reshapes >= 4, sampler.stats
-    text = "".join(f.result().as_text() for key, f in sampler._programs._compiled.items() if key[0] in PROGRAMS)
-    gathered = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)]
+    long = None
+    if mesh.shape["tensor"] == 1:
+        long = sampler.generate(make_prompts([3 + 5 * i % 14 for i in range(72)]), 8, key=jax.random.key(7),
+                                max_completion_tokens=160)
+        assert sampler.stats.reshapes >= 4, sampler.stats
     rollouts = sampler.generate(make_prompts([5, 9, 3, 7, 12, 4], slots=16), 8, key=jax.random.key(1), temperature=1.0,
                                 max_completion_tokens=24)
+    text = "".join(f.result().as_text() for key, f in sampler._programs._compiled.items() if key[0] in PROGRAMS)
+    assert text
+    gathered = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)]
     optimizer = OptimizerConfig(learning_rate=1e-3)
     learner = Learner(fresh_state(params, state_shapes(shapes, optimizer, mesh), optimizer), params, TINY, mesh,
                       AlgorithmConfig(updates_per_step=2, microbatch_tokens=256), optimizer, Compute())
@@ -57,9 +60,6 @@ for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("data 2 x tensor 2", MeshC
     result[name] = {
         "tokens": int(one[0].lengths.sum()),
         "different_tokens": int((one[0].tokens != many[0].tokens).sum()),
-        "long_tokens": int(one[4].lengths.sum()),
-        "long_different": int((one[4].tokens != many[4].tokens).sum()),
-        "long_logprob": float(np.abs(one[4].behaviour_logprobs - many[4].behaviour_logprobs).max()),
         "logprob": float(np.abs(one[0].behaviour_logprobs - many[0].behaviour_logprobs).max()),
         "params": max(
             float(np.abs(a - b).max())
@@ -68,6 +68,12 @@ for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("data 2 x tensor 2", MeshC
         "grad_norm": abs(one[2]["policy/grad_norm"] - many[2]["policy/grad_norm"]) / one[2]["policy/grad_norm"],
     }
     result[name]["biggest_gather"] = many[3]
+    if many[4] is not None:
+        result[name] |= {
+            "long_tokens": int(one[4].lengths.sum()),
+            "long_different": int((one[4].tokens != many[4].tokens).sum()),
+            "long_logprob": float(np.abs(one[4].behaviour_logprobs - many[4].behaviour_logprobs).max()),
+        }
 print(json.dumps(result))
 """
 
@@ -95,11 +101,11 @@ def test_many_devices_equal_one(differences: dict[str, dict[str, float]], mesh: 
     difference = differences[mesh]
     assert difference["tokens"] > 800
     assert difference["different_tokens"] == 0
-    assert difference["long_tokens"] > 20_000 and difference["long_different"] == 0
-    if "tensor" not in mesh:  # there sums over heads and widths are cut, and these large weights amplify it: 8e-5 seen
+    if "tensor" not in mesh:  # whole rows on every device
+        assert difference["long_tokens"] > 20_000 and difference["long_different"] == 0
         assert difference["long_logprob"] < 1e-5
-    # 576 rows at first: neither a cache, nor logits [rows, 40], nor activations [rows, 32] cross devices whole.
-    assert difference["biggest_gather"] < 576 * 32
+    # Neither a cache, nor logits [rows, 40], nor activations [rows, 32] cross devices whole.
+    assert difference["biggest_gather"] < (48 if "tensor" in mesh else 576) * 32
     assert difference["logprob"] < 1e-5
     assert difference["grad_norm"] < 1e-5
     # AdamW turns a gradient near 0 into a whole step of the learning rate, whatever its rounding: hence not 1e-6.

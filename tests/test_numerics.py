@@ -51,4 +51,4 @@ def test_standard_deviation_is_of_a_sample() -> None:
     """NumPy's and JAX's default divides by n, torch's by n - 1."""
     rewards = np.array([[0.0, 1.0, 1.0, 0.0]], np.float32)
     expected = (rewards - 0.5) / (np.sqrt(1 / 3) + 1e-6)
-    np.testing.assert_allclose(group_advantages(rewards, "grpo", 1e-6), expected, rtol=1e-6)
+    np.testing.assert_allclose(group_advantages(rewards, np.full((1, 4), 7), "grpo", 1e-6), expected, rtol=1e-6)

@@ -14,7 +14,7 @@ from rljax.mesh import microbatch_sharding
 from rljax.models.attention import AttentionLayout
 from rljax.models.qwen2 import forward, logits
 from rljax.rl.aggregation import UpdateLengths, token_weights
-from rljax.rl.learner import Learner, fresh_state, state_shapes
+from rljax.rl.learner import Learner, fresh_state, state_shapes, zero_advantages_are_idle
 from rljax.rl.logprobs import batch_logprobs
 from rljax.rl.optimizer import init_state
 from rljax.rl.packing import Packing, RowShape, microbatches, pack, train_batch
@@ -342,11 +342,21 @@ def test_an_update_without_any_advantage_is_one_of_gradient_zero(tiny, tiny_para
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"kl_coefficient": 0.1}, {"entropy_coefficient": 0.1}, {"loss": "dppo_mask", "dppo_penalty": 0.1}],
+    ("options", "idle"),
+    [
+        ({"kl_coefficient": 0.1}, False),
+        ({"kl_coefficient": 0.1, "kl_in": "reward"}, True),
+        ({"entropy_coefficient": 0.1}, False),
+        ({"loss": "dppo_mask", "dppo_penalty": 0.1}, False),
+        ({"loss": "dppo_mask", "dppo_penalty": 0.0}, True),
+    ],
 )
-def test_nothing_is_dropped_where_something_else_pulls(tiny, tiny_params, mesh, options) -> None:
-    learner = make_learner(tiny_params, tiny, mesh, **({"kl_coefficient": 0.0} | options))
+def test_where_zero_advantages_are_idle(options, idle) -> None:
+    assert zero_advantages_are_idle(AlgorithmConfig(**({"kl_coefficient": 0.0} | options))) == idle
+
+
+def test_nothing_is_dropped_where_something_else_pulls(tiny, tiny_params, mesh) -> None:
+    learner = make_learner(tiny_params, tiny, mesh, kl_coefficient=0.0, entropy_coefficient=0.1)
     metrics = learner.step(make_rollouts(), np.zeros((2, 4), np.float32))
     assert metrics["learner/dropped_group_fraction"].value() == 0
     assert metrics["policy/grad_norm"].value() > 0

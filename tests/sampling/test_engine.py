@@ -11,7 +11,7 @@ from conftest import make_prompts
 from rljax.models import qwen2
 from rljax.models.attention import AttentionLayout
 from rljax.rl.logprobs import batch_logprobs
-from rljax.rl.packing import train_batch
+from rljax.rl.packing import pack, train_batch
 from rljax.sampling.cache import decode_attention, visible_slots, without_hidden
 from rljax.sampling.engine import EngineOptions, Sampler, bucket
 from rljax.types import LENGTH, STOP
@@ -34,7 +34,8 @@ def generate(sampler, prompts, samples=4, *, temperature=1.0, cap=40):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
 def test_behaviour_logprobs_are_the_learners(sampler, tiny, tiny_params, temperature) -> None:
     rollouts = generate(sampler, make_prompts([5, 16, 1, 9, 12]), temperature=temperature)
-    batch = train_batch(rollouts, np.ones((5, 4)))
+    packing = pack(rollouts.prompts.lengths, rollouts.lengths.reshape(5, 4), row_length=128)
+    batch = train_batch(rollouts, np.ones((5, 4)), np.ones((5, 4)), packing)
     learner, entropy = batch_logprobs(
         tiny_params, tiny, batch, temperature=temperature, compute_dtype="float32", remat="none"
     )
