@@ -25,7 +25,7 @@ from workloads import ARCHS, DEFAULT_ROWS, REALISTIC, ROWS, Workload, realistic_
 
 from rljax.sampling.engine import EngineOptions  # noqa: E402
 from rljax.sampling.loop import Plan  # noqa: E402
-from rljax.sampling.schedule import FREE, Shape  # noqa: E402
+from rljax.sampling.schedule import FREE, LanePrompts, Shape  # noqa: E402
 
 FIELDS = {"bench", "case", "metric", "unit", "median", "min", "max", "n", "device", "commit", "date", "versions"}
 
@@ -173,14 +173,16 @@ def device(lengths: list[int], plan: Plan) -> simulate.CountingDevice:
 def test_the_counting_device_follows_the_rows() -> None:
     shape = Shape(2, 2, 16)
     counting = device([1, 9, 12, 30], plan())
-    started = counting.start(shape, np.array([0, 1]), np.array([0, 1, 2, FREE]))
+    started = counting.start(shape, LanePrompts(np.array([0, 1]), None), np.array([0, 1, 2, FREE]))
     assert started.lengths.tolist() == [1, 1, 1, 0]
     assert started.stopped.tolist() == [True, False, False, False]
     drawn = counting.decode(shape)
     assert drawn.tokens.shape == (8, 4)
     assert drawn.lengths.tolist() == [1, 9, 9, 0]
     assert drawn.stopped.tolist() == [True, True, False, False]
-    admitted = counting.admit(shape, np.array([0, 2]), np.array([1, FREE]), np.array([3, FREE, FREE, FREE]))
+    admitted = counting.admit(
+        shape, np.array([0, 2]), LanePrompts(np.array([1, FREE]), None), np.array([3, FREE, FREE, FREE])
+    )
     assert admitted.lengths.tolist() == [1, 0, 0, 0]
     assert counting.decode(shape).lengths.tolist() == [9, 0, 12, 0]
     counting.reshape(shape, Shape(1, 2, 24), np.array([0, FREE]), np.array([0]))
@@ -190,7 +192,7 @@ def test_the_counting_device_follows_the_rows() -> None:
 def test_the_counting_device_adds_up_what_is_computed() -> None:
     arch, shape = ARCHS["tiny"], Shape(2, 2, 16)
     counting = device([9, 9, 9, 9], plan())
-    counting.start(shape, np.array([0, 1]), np.arange(4))
+    counting.start(shape, LanePrompts(np.array([0, 1]), None), np.arange(4))
     counting.decode(shape)
     step = roofline.step_seconds(arch, simulate.FLOPS_ONLY, "float32", rows=4, own=4 * 16, read=2 * 16, attended=4 * 16)
     assert counting.step_seconds == 8 * step

@@ -55,6 +55,9 @@ def test_no_token_depends_on_the_way(plain, tiny, tiny_params, mesh, way: str) -
     assert stats.drawn_tokens == plain.lengths.sum()
     assert stats.waves == {"waves of 96": 6}.get(way, 1)
     assert (stats.admissions > 0) == way.startswith("refilled")
+    # Samples that are admitted together, 5 or 8 of them, are of two prompts at most, and each is run once.
+    at_first = {"refilled, 64 at once": 9, "refilled, 40 at once, full cache": 6}.get(way, len(PROMPTS))
+    assert stats.prompts_run == at_first + 2 * stats.admissions
     assert (stats.reshapes > 0) or way == "refilled, 40 at once, full cache"
     again = generate(engine)  # the same shapes: the same bits
     np.testing.assert_array_equal(again.tokens, rollouts.tokens)
