@@ -18,11 +18,11 @@ from rljax.mesh import microbatch_sharding, num_row_shards
 from rljax.metrics import WeightedMean, to_floats
 from rljax.models.qwen2 import Params
 from rljax.policy import Policy, open_policy
+from rljax.rl.head import Metrics, batch_loss
 from rljax.rl.learner import fresh_state, state_shapes
-from rljax.rl.logprobs import batch_logprobs
 from rljax.rl.optimizer import apply_gradients
 from rljax.rl.packing import filled_rows, microbatches, pack, row_shape
-from rljax.rl.update import Compute, Metrics, sum_over_microbatches
+from rljax.rl.update import Compute, sum_over_microbatches
 from rljax.types import PromptRecord, TrainBatch, TrainState
 
 logger = logging.getLogger(__name__)
@@ -41,15 +41,25 @@ def sft_update(
     """One optimizer update on the weighted negative log-likelihood of the first `num_microbatches` ([] int32) of
     `batch` ([M, b, T] leaves)."""
 
-    def loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
-        logprobs, _ = batch_logprobs(
-            params, arch, rows, temperature=1.0, compute_dtype=compute.dtype, remat=compute.remat
-        )
+    def loss(logprobs: jax.Array, entropies: jax.Array, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+        del entropies
         total = -jnp.sum(logprobs * rows.weights)
         return total, {"sft/loss": WeightedMean(total, jnp.sum(rows.weights))}
 
+    def whole_loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+        return batch_loss(
+            loss,
+            params,
+            arch,
+            rows,
+            by_token=True,
+            temperature=1.0,
+            compute_dtype=compute.dtype,
+            remat=compute.remat,
+        )
+
     def gradient(rows: TrainBatch) -> tuple[Params, Metrics]:
-        return jax.grad(loss, has_aux=True)(state.params, rows)
+        return jax.grad(whole_loss, has_aux=True)(state.params, rows)
 
     grads, metrics = sum_over_microbatches(gradient, batch, num_microbatches)
     state, applied = apply_gradients(state, grads, optimizer)

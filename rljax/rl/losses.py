@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig
 from rljax.metrics import Max, Metric, WeightedMean
-from rljax.rl.correction import behaviour_weights
+from rljax.rl.correction import SEQUENCE_CORRECTIONS, behaviour_weights
 from rljax.rl.sequences import sequence_ids, sequence_mean
 from rljax.types import TrainBatch
 
@@ -115,6 +115,13 @@ LOSSES: dict[str, PolicyLoss] = {
     "gspo": gspo_loss,
     "dppo_mask": dppo_mask_loss,
 }
+SEQUENCE_LOSSES = {"gspo"}
+"""Those in which a token's loss depends on its whole completion."""
+
+
+def is_by_token(algorithm: AlgorithmConfig) -> bool:
+    """Whether `grpo_loss` of a batch is the sum of those of its parts, wherever completions are cut."""
+    return algorithm.loss not in SEQUENCE_LOSSES and algorithm.correction not in SEQUENCE_CORRECTIONS
 
 
 # ------------------------------------------------------------------------------------------------------------------ KL

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
-from rljax.metrics import Metric, merge
+from rljax.metrics import merge
 from rljax.models.qwen2 import Params
+from rljax.rl.head import Metrics, batch_loss
 from rljax.rl.logprobs import batch_logprobs
-from rljax.rl.losses import behaviour_gap, grpo_loss
+from rljax.rl.losses import behaviour_gap, grpo_loss, is_by_token
 from rljax.rl.optimizer import apply_gradients
 from rljax.types import TrainBatch, TrainState
-
-Metrics = dict[str, Metric]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +72,24 @@ def grpo_update(
     something only for the first update after a weight sync.
     """
 
-    def loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
-        logprobs, entropies = batch_logprobs(
+    def loss(logprobs: jax.Array, entropies: jax.Array, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+        value, metrics = grpo_loss(logprobs, entropies, rows, algorithm)
+        return value, metrics | behaviour_gap(logprobs, rows)
+
+    def whole_loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+        return batch_loss(
+            loss,
             params,
             arch,
             rows,
+            by_token=is_by_token(algorithm),
             temperature=compute.temperature,
             compute_dtype=compute.dtype,
             remat=compute.remat,
-            entropy_gradient=algorithm.entropy_coefficient != 0,
         )
-        value, metrics = grpo_loss(logprobs, entropies, rows, algorithm)
-        return value, metrics | behaviour_gap(jax.lax.stop_gradient(logprobs), rows)
 
     def gradient(rows: TrainBatch) -> tuple[Params, Metrics]:
-        return jax.grad(loss, has_aux=True)(state.params, rows)
+        return jax.grad(whole_loss, has_aux=True)(state.params, rows)
 
     grads, metrics = sum_over_microbatches(gradient, batch, num_microbatches)
     state, applied = apply_gradients(state, grads, optimizer)
@@ -107,7 +109,6 @@ def score(
             _at(batch, index),
             temperature=compute.temperature,
             compute_dtype=compute.dtype,
-            remat="none",
         )
         return jax.lax.dynamic_update_index_in_dim(scored, logprobs, index, 0)
 

@@ -57,7 +57,7 @@ def weights_of(rollouts: Rollouts, aggregation: str = "token_mean") -> np.ndarra
 
 
 def logprobs_of(params, arch, batch: TrainBatch):
-    return batch_logprobs(params, arch, batch, temperature=1.0, compute_dtype="float32", remat="none")
+    return batch_logprobs(params, arch, batch, temperature=1.0, compute_dtype="float32")
 
 
 def make_batch(params, arch, packing: Packing) -> TrainBatch:
@@ -185,7 +185,7 @@ def test_uniform_logits_score_minus_log_vocabulary(tiny, tiny_params) -> None:
     flat = jax.tree.map(jnp.zeros_like, tiny_params)
     rollouts = make_rollouts()
     made = train_batch(rollouts, np.zeros((2, 4)), weights_of(rollouts), packed(rollouts, 64))
-    logprobs, entropy = batch_logprobs(flat, tiny, made, temperature=0.5, compute_dtype="float32", remat="none")
+    logprobs, entropy = batch_logprobs(flat, tiny, made, temperature=0.5, compute_dtype="float32")
     mask = np.asarray(made.loss_mask)
     np.testing.assert_allclose(np.asarray(logprobs)[mask], -np.log(37), rtol=1e-6)
     np.testing.assert_allclose(np.asarray(entropy)[mask], np.log(37), rtol=1e-6)
