@@ -89,7 +89,7 @@ def token_logprobs(
 
     def run(head: Params, hidden: jax.Array, source: jax.Array, tokens: jax.Array, mask: jax.Array) -> Any:
         chunk = chunk_tokens(mask.size, arch.vocab_size)
-        lined = Lined.of(mask, source, chunk)
+        lined, head = jax.lax.optimization_barrier((Lined.of(mask, source, chunk), head))
         states, flat = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
 
         def score(index: jax.Array, scored: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:

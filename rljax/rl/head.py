@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
@@ -82,6 +83,7 @@ class Head:
     def _in_one_pass(self, weights: Params, hidden: jax.Array, batch: TrainBatch) -> tuple[Any, ...]:
         chunk = chunk_tokens(batch.tokens.size, self.arch.vocab_size)
         lined = Lined.of(batch.loss_mask, batch.source, chunk)
+        lined, weights = jax.lax.optimization_barrier((lined, weights))
         states = hidden.reshape(-1, hidden.shape[-1])
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1), batch)
         cast = jax.tree.map(lambda leaf: leaf.astype(hidden.dtype), weights)
@@ -118,7 +120,7 @@ class Head:
 
     def _in_two_passes(self, weights: Params, hidden: jax.Array, batch: TrainBatch) -> tuple[Any, ...]:
         chunk = chunk_tokens(batch.tokens.size, self.arch.vocab_size)
-        lined = Lined.of(batch.loss_mask, batch.source, chunk)
+        lined, weights = jax.lax.optimization_barrier((Lined.of(batch.loss_mask, batch.source, chunk), weights))
         states, tokens = hidden.reshape(-1, hidden.shape[-1]), batch.tokens.reshape(-1)
         cast = jax.tree.map(lambda leaf: leaf.astype(hidden.dtype), weights)
         scored = token_logprobs(cast, self.arch, hidden, batch.source, batch.tokens, batch.loss_mask, self.temperature)
@@ -143,17 +145,25 @@ def _over_rows(sums: tuple[jax.Array, Metrics, Params]) -> tuple[jax.Array, Metr
     """Added up over the devices that hold rows; metrics by their types."""
     if not splits_rows():
         return sums
-    reductions = {Max: jax.lax.pmax, Min: jax.lax.pmin}
-
-    def reduce(metric: Metric) -> Metric:
-        return jax.tree.map(lambda leaf: reductions.get(type(metric), jax.lax.psum)(leaf, ROWS[0]), metric)
-
     loss, metrics, d_weights = sums
-    return (
-        jax.lax.psum(loss, ROWS[0]),
-        {name: reduce(metric) for name, metric in metrics.items()},
-        jax.lax.psum(d_weights, ROWS[0]),
-    )
+    added: dict[str, Any] = {name: m for name, m in metrics.items() if not isinstance(m, (Max, Min))}
+    added["loss"] = loss
+    # One collective for all numbers, and one after the other: a CPU that simulates devices has too few threads to wait
+    # in several at once.
+    flat, unflatten = jax.flatten_util.ravel_pytree(added)
+    total = jax.lax.psum(flat, ROWS[0])
+    extremes = {name: m for name, m in metrics.items() if name not in added}
+    signs = {name: -1.0 if isinstance(m, Min) else 1.0 for name, m in extremes.items()}
+    if extremes:
+        stacked = jnp.stack([signs[name] * m.amount for name, m in extremes.items()])
+        total, stacked = jax.lax.optimization_barrier((total, stacked))
+        stacked = jax.lax.pmax(stacked, ROWS[0])
+        total, stacked = jax.lax.optimization_barrier((total, stacked))
+        extremes = {name: type(m)(signs[name] * stacked[i]) for i, (name, m) in enumerate(extremes.items())}
+    total, d_weights = jax.lax.optimization_barrier((total, d_weights))
+    added = unflatten(total)
+    loss = added.pop("loss")
+    return loss, {**added, **extremes}, jax.lax.psum(d_weights, ROWS[0])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
