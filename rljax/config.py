@@ -208,6 +208,9 @@ class AlgorithmConfig:
     """Largest |advantage|; 0: off."""
     zero_variance_groups: Literal["keep", "drop"] = "keep"
     """Groups whose rewards are all equal. keep: they count in the loss's divisor, as in the paper's code. drop: not."""
+    dynamic_sampling_rounds: int = 0
+    """Further rounds of prompts_per_step prompts that a step may sample while fewer groups than that have rewards that
+    differ (DAPO); the first such groups are trained on. Prompts run out sooner, and the run ends with them. 0: off."""
     overlong: Literal["keep", "mask"] = "keep"
     """Completions cut at the cap. mask: they have no part in the loss nor its divisor (DAPO's overlong filtering)."""
     loss: Literal["clip", "cispo", "gspo", "dppo_mask"] = "clip"
@@ -236,6 +239,12 @@ class AlgorithmConfig:
     """reward: kl_coefficient times a completion's summed KL is taken off its reward before advantages are computed."""
     kl_estimator: Literal["k1", "abs", "k2", "k3", "k1+", "k3+"] = "k3"
     """+: the value of the one named, the gradient of k2."""
+    reference_update: Literal["fixed", "ema", "periodic"] = "fixed"
+    """fixed: the starting model. ema: a running mean of the policy. periodic: a copy of it, renewed now and then."""
+    reference_ema_decay: float = 0.0
+    """ema: after each step, reference = decay x reference + (1 - decay) x policy, kept in float32."""
+    reference_every_steps: int = 0
+    """periodic: steps after which the policy becomes the reference."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy of the tempered distribution, which is rewarded."""
     old_logprobs: Literal["recompute", "behaviour", "current"] = "recompute"
@@ -357,6 +366,8 @@ class LoggingConfig:
     tensorboard: bool = False
     wandb: str = ""
     """Project name; empty: off. Needs the `wandb` extra."""
+    aliases: Literal["none", "verl", "trl"] = "none"
+    """Write metrics under the names of that library as well (`ALIASES` in `rljax/metrics.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,6 +396,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_ranges(self)
         _check_algorithm(self)
+        _check_reference(self)
         _check_optimizer(self)
 
 
@@ -417,6 +429,7 @@ _AT_LEAST_ZERO = (
     "sampling.temperature",
     "reward.overlong_buffer_tokens",
     "reward.overlong_penalty",
+    "algorithm.dynamic_sampling_rounds",
     "algorithm.advantage_eps",
     "algorithm.clip_low",
     "algorithm.clip_high",
@@ -425,6 +438,8 @@ _AT_LEAST_ZERO = (
     "algorithm.dppo_mask",
     "algorithm.dppo_penalty",
     "algorithm.kl_coefficient",
+    "algorithm.reference_ema_decay",
+    "algorithm.reference_every_steps",
     "algorithm.entropy_coefficient",
     "algorithm.correction_low",
     "algorithm.correction_high",
@@ -495,6 +510,11 @@ def _check_algorithm(config: RunConfig) -> None:
             "others of its prompt ('grpo' by a standard deviation, which a single reward has not); use a group of at "
             "least 2"
         )
+    if algorithm.group_size == 1 and algorithm.dynamic_sampling_rounds:
+        raise ConfigError(
+            f"algorithm.dynamic_sampling_rounds = {algorithm.dynamic_sampling_rounds} looks for groups whose rewards "
+            "differ, and algorithm.group_size = 1 has none; set the rounds to 0, or use a group of at least 2"
+        )
     if algorithm.old_logprobs == "current" and algorithm.updates_per_step > 1:
         raise ConfigError(
             f"algorithm.old_logprobs = 'current' makes every ratio 1, which is right for the first update only, and "
@@ -529,6 +549,26 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ConfigError(
             "sampling.temperature = 0 samples greedily: all completions of a group are the same and no advantage is "
             "left; use a positive temperature (evaluation.temperature may be 0)"
+        )
+
+
+def _check_reference(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    update, decay, every = algorithm.reference_update, algorithm.reference_ema_decay, algorithm.reference_every_steps
+    if update != "fixed" and algorithm.kl_coefficient == 0:
+        raise ConfigError(
+            f"algorithm.reference_update = {update!r} moves a reference model, and algorithm.kl_coefficient = 0 keeps "
+            "none; set a coefficient above 0, or the update to 'fixed'"
+        )
+    if (update == "ema") != (decay > 0) or decay >= 1:
+        raise ConfigError(
+            f"algorithm.reference_ema_decay = {decay} with algorithm.reference_update = {update!r}: it must be above 0 "
+            "and below 1 with 'ema', the share of the reference that stays after a step, and 0 without"
+        )
+    if (update == "periodic") != (every > 0):
+        raise ConfigError(
+            f"algorithm.reference_every_steps = {every} with algorithm.reference_update = {update!r}: it must be at "
+            "least 1 with 'periodic' and 0 without"
         )
 
 

@@ -342,6 +342,19 @@ def test_group_of_one() -> None:
         ),
         ({"correction_low": 3.0}, r"correction_low = 3.0 is above .*correction_high = 2.0"),
         ({"kl_in": "reward", "advantage": "reinforce_pp"}, r"needs a return per token.*set kl_in to 'loss'"),
+        (
+            {"dynamic_sampling_rounds": 2, "group_size": 1, "advantage": "reinforce_pp"},
+            r"dynamic_sampling_rounds = 2 looks for groups .*group_size = 1 has none; set the rounds to 0",
+        ),
+        (
+            {"reference_update": "periodic", "reference_every_steps": 2, "kl_coefficient": 0.0},
+            r"'periodic' moves a reference .*kl_coefficient = 0 keeps none; set a coefficient above 0",
+        ),
+        ({"reference_update": "ema"}, r"reference_ema_decay = 0.0 with .*'ema': it must be above 0 and below 1"),
+        ({"reference_update": "ema", "reference_ema_decay": 1.0}, r"reference_ema_decay = 1.0 .*below 1"),
+        ({"reference_ema_decay": 0.9}, r"reference_ema_decay = 0.9 with .*'fixed'.* 0 without"),
+        ({"reference_update": "periodic"}, r"reference_every_steps = 0 with .*'periodic': it must be at least 1"),
+        ({"reference_every_steps": 3}, r"reference_every_steps = 3 with .*'fixed'.* 0 without"),
     ],
 )
 def test_objectives_that_contradict_themselves(algorithm: dict[str, Any], says: str) -> None:
