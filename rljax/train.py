@@ -85,6 +85,8 @@ def train(config: RunConfig) -> dict[str, float]:
     evaluation = Evaluation(config, policy.tokenizer) if config.evaluation.data else None
     logger.info("data: %s", pipeline.plan.describe(config.data.prompts_per_step, num_steps))
     logger.info("batch: %s", describe_batch(config, policy))
+    if config.lora.rank:
+        logger.info("lora: %s", describe_adapter(policy))
     with RewardPool(config.reward.workers, config.reward.timeout_seconds) as pool:
         run = _open_run(config, policy, pipeline, num_steps, evaluation, pool)
         try:
@@ -121,6 +123,13 @@ def describe_batch(config: RunConfig, policy: Policy) -> str:
     )
 
 
+def describe_adapter(policy: Policy) -> str:
+    """How much of the model an adapter trains, in one line."""
+    trained, whole = (sum(s.size for s in jax.tree.leaves(tree)) for tree in (policy.trained_shapes, policy.shapes))
+    lora = policy.lora
+    return f"rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.targets)}: {trained:,} of {whole:,} parameters"
+
+
 def run_summary(run_dir: str | Path, num_steps: int) -> dict[str, float]:
     """First and last pass@1 of a run folder's curves.csv."""
     import csv
@@ -153,41 +162,40 @@ def _open_run(
     evaluation: Evaluation | None,
     pool: RewardPool,
 ) -> Run:
-    shapes = state_shapes(policy.shapes, config.optimizer, policy.mesh)
+    shapes = state_shapes(policy.trained_shapes, config.optimizer, policy.mesh)
     folder = Path(config.run_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep) if config.checkpoint.every else None
     counters, first_step = Counters(), 0
+    base, with_kl = policy.load_base(config.seed), config.algorithm.kl_coefficient > 0
     if store is not None and store.latest_step() is not None:
         state, host, first_step = store.restore(shapes)
         require_same_config(host["config"], dataclasses.asdict(config))
         pipeline.set_state(host["data"])
         counters = Counters(**host["counters"])
         logger.info("resuming %s after step %d", config.run_dir, first_step)
-        params = policy.load_params(config.seed) if config.algorithm.kl_coefficient > 0 else None
+        params = policy.load_params(config.seed) if with_kl and base is None else None
     else:
-        params = policy.load_params(config.seed)
+        params = policy.fresh_trained(config.seed)
         state = fresh_state(params, shapes, config.optimizer)
-    reference = None
-    if config.algorithm.kl_coefficient > 0:
+    reference = base if with_kl else None
+    if with_kl and base is None:
         reference = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(policy.compute_dtype), p))(params)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
+    compute = Compute(
+        policy.compute_dtype, config.model.remat, config.sampling.temperature, lora_scale=config.lora.scale
+    )
+    learner = Learner(
+        state, reference, policy.arch, policy.mesh, config.algorithm, config.optimizer, compute, base=base
+    )
     sampler = policy.sampler(config.sampling)
-    sampler.sync(state.params)
+    sampler.sync(learner.params)
     return Run(
         config=config,
         policy=policy,
         num_steps=num_steps,
         pipeline=pipeline,
-        learner=Learner(
-            state,
-            reference,
-            policy.arch,
-            policy.mesh,
-            config.algorithm,
-            config.optimizer,
-            Compute(policy.compute_dtype, config.model.remat, config.sampling.temperature),
-        ),
+        learner=learner,
         sampler=sampler,
         pool=pool,
         evaluation=evaluation,
@@ -232,7 +240,7 @@ def _step(run: Run, step: int) -> dict[str, float]:
             advantages, penalty = _advantages(run, rollouts, rewards)
             metrics = to_floats(run.learner.step(rollouts, advantages) | penalty | group_metrics(rewards))
         with timer("sync"):
-            run.sampler.sync(run.learner.state.params)
+            run.sampler.sync(run.learner.params)
             run.sampler.block_until_ready()
         completion_tokens = int(rollouts.lengths.sum())
         _count(run, completion_tokens + int(prompts.lengths.sum()) * config.algorithm.group_size)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
 from rljax.metrics import Metric, merge
+from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
 from rljax.rl.logprobs import batch_logprobs
 from rljax.rl.losses import behaviour_gap, grpo_loss
@@ -29,6 +30,8 @@ class Compute:
     dtype: str = "float32"
     remat: str = "full"
     temperature: float = 1.0
+    lora_scale: float = 1.0
+    """Factor of a LoRA adapter's product."""
 
 
 def sum_over_microbatches(
@@ -61,6 +64,7 @@ def grpo_update(
     state: TrainState,
     batch: TrainBatch,
     num_microbatches: jax.Array,
+    base: Params | None = None,
     *,
     arch: Architecture,
     algorithm: AlgorithmConfig,
@@ -71,11 +75,14 @@ def grpo_update(
 
     The metrics' `policy/behaviour_gap_*` compare the sampler with the parameters before this update, so they mean
     something only for the first update after a weight sync.
+
+    Args:
+      base: frozen parameters that the adapter in `state` lies beside; None: `state` holds all of them.
     """
 
-    def loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+    def loss(trained: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
         logprobs, entropies = batch_logprobs(
-            params,
+            attach(base, trained, compute.lora_scale),
             arch,
             rows,
             temperature=compute.temperature,
