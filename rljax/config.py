@@ -289,6 +289,26 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685): W stays as it is, and scale (x A) B is learnt beside x W."""
+
+    rank: int = 0
+    """r, of A [in, r] and B [r, out]; 0: all parameters are trained."""
+    alpha: float = 0.0
+    """scale = alpha / rank; 0: twice the rank."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Matrices of every layer that get an adapter."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of A B."""
+        return (self.alpha or 2 * self.rank) / max(self.rank, 1)
+
+
+LORA_TARGETS = LoraConfig().targets
+
+
+@dataclasses.dataclass(frozen=True)
 class SftConfig:
     """Supervised warm start (`rljax sft`): completion-only cross-entropy on the records' `solution`."""
 
@@ -387,6 +407,7 @@ class RunConfig:
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     sft: SftConfig = SftConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sample: SampleConfig = SampleConfig()
@@ -398,6 +419,7 @@ class RunConfig:
         _check_algorithm(self)
         _check_reference(self)
         _check_optimizer(self)
+        _check_lora(self)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -449,6 +471,8 @@ _AT_LEAST_ZERO = (
     "optimizer.max_grad_norm",
     "optimizer.warmup_updates",
     "optimizer.decay_updates",
+    "lora.rank",
+    "lora.alpha",
     "sft.steps",
     "sft.learning_rate",
     "sft.weight_decay",
@@ -590,6 +614,36 @@ def _check_optimizer(config: RunConfig) -> None:
             f"optimizer.decay_updates = {end} with optimizer.schedule = {optimizer.schedule!r} must be above "
             f"optimizer.warmup_updates = {warmup}, for the decay starts there; the updates of a whole run are its "
             "steps x algorithm.updates_per_step"
+        )
+
+
+def _check_lora(config: RunConfig) -> None:
+    lora, known = config.lora, ", ".join(LORA_TARGETS)
+    for name in lora.targets:
+        if name not in LORA_TARGETS:
+            plain = name.removesuffix("_proj")
+            nearest = [plain] if plain in LORA_TARGETS else difflib.get_close_matches(plain, LORA_TARGETS, n=1)
+            hint = f"perhaps you meant {nearest[0]}; " if nearest else ""
+            raise ConfigError(
+                f"lora.targets holds {name!r}, which is no matrix of a layer; {hint}choose from {known} (the default: "
+                "all of them)"
+            )
+    if lora.rank == 0:
+        return
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        raise ConfigError(
+            f"lora.targets = {list(lora.targets)} with lora.rank = {lora.rank} must name at least one matrix, and none "
+            f"twice; choose from {known}, or set lora.rank to 0 to train all parameters"
+        )
+    if config.optimizer.name == "muon":
+        raise ConfigError(
+            f"optimizer.name = 'muon' orthogonalises the updates of whole matrices, and lora.rank = {lora.rank} trains "
+            "factors of them; set optimizer.name to 'adamw', or lora.rank to 0"
+        )
+    if config.algorithm.reference_update != "fixed":
+        raise ConfigError(
+            f"algorithm.reference_update = {config.algorithm.reference_update!r} moves the reference, and with "
+            f"lora.rank = {lora.rank} that is the frozen model itself; set it to 'fixed', or lora.rank to 0"
         )
 
 

@@ -100,6 +100,8 @@ def train(config: RunConfig) -> dict[str, float]:
         logger.info("data: dynamic sampling takes prompts from later steps, and the run ends when they are used up")
     for line in batch_table(config, policy, pipeline.slots):
         logger.info(line)
+    if config.lora.rank:
+        logger.info("lora: %s", describe_adapter(policy))
     with RewardPool(config.reward.workers, config.reward.timeout_seconds) as pool:
         run = _open_run(config, policy, pipeline, num_steps, evaluation, pool)
         last_step = run.first_step
@@ -163,6 +165,13 @@ def batch_table(config: RunConfig, policy: Policy, prompt_slots: int) -> list[st
     ]
 
 
+def describe_adapter(policy: Policy) -> str:
+    """How much of the model an adapter trains, in one line."""
+    trained, whole = (sum(s.size for s in jax.tree.leaves(tree)) for tree in (policy.trained_shapes, policy.shapes))
+    lora = policy.lora
+    return f"rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.targets)}: {trained:,} of {whole:,} parameters"
+
+
 def run_summary(run_dir: str | Path, num_steps: int) -> dict[str, float]:
     """First and last pass@1 of a run folder's curves.csv."""
     import csv
@@ -195,11 +204,11 @@ def _open_run(
     evaluation: Evaluation | None,
     pool: RewardPool,
 ) -> Run:
-    shapes = state_shapes(policy.shapes, config.optimizer, policy.mesh)
+    shapes = state_shapes(policy.trained_shapes, config.optimizer, policy.mesh)
     folder = Path(config.run_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep) if config.checkpoint.every else None
     counters, first_step, reference = Counters(), 0, None
-    with_reference = config.algorithm.kl_coefficient > 0
+    base, with_kl = policy.load_base(config.seed), config.algorithm.kl_coefficient > 0
     if store is not None and store.latest_step() is not None:
         saved, host, first_step = store.restore(checkpoint_shapes(shapes, config.algorithm, policy.compute_dtype))
         require_same_config(host["config"], dataclasses.asdict(config))
@@ -208,30 +217,30 @@ def _open_run(
         logger.info("resuming %s after step %d", config.run_dir, first_step)
         reference = saved.pop("reference", None)
         state = TrainState(**saved)
-        params = policy.load_params(config.seed) if with_reference and reference is None else None
+        params = policy.load_params(config.seed) if with_kl and base is None and reference is None else None
     else:
-        params = policy.load_params(config.seed)
+        params = policy.fresh_trained(config.seed)
         state = fresh_state(params, shapes, config.optimizer)
-    if with_reference and params is not None:
+    if with_kl and base is not None:
+        reference = base
+    elif with_kl and params is not None:
         reference = reference_copy(params, reference_dtype(config.algorithm, policy.compute_dtype))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
+    compute = Compute(
+        policy.compute_dtype, config.model.remat, config.sampling.temperature, lora_scale=config.lora.scale
+    )
+    learner = Learner(
+        state, reference, policy.arch, policy.mesh, config.algorithm, config.optimizer, compute, base=base
+    )
     sampler = policy.sampler(config.sampling)
-    sampler.sync(state.params)
+    sampler.sync(learner.params)
     return Run(
         config=config,
         policy=policy,
         num_steps=num_steps,
         pipeline=pipeline,
-        learner=Learner(
-            state,
-            reference,
-            policy.arch,
-            policy.mesh,
-            config.algorithm,
-            config.optimizer,
-            Compute(policy.compute_dtype, config.model.remat, config.sampling.temperature),
-        ),
+        learner=learner,
         sampler=sampler,
         pool=pool,
         evaluation=evaluation,
@@ -318,7 +327,7 @@ def _step(run: Run, step: int) -> dict[str, float]:
             metrics = to_floats(merge(run.learner.step(rollouts, advantages), penalty))
             run.learner.move_reference(step)
         with timer("sync"):
-            run.sampler.sync(run.learner.state.params)
+            run.sampler.sync(run.learner.params)
             run.sampler.block_until_ready()
         _count(run, sampled.rollouts, rollouts)
         is_last = step == run.num_steps or run.pipeline.is_exhausted

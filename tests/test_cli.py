@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from rljax.checkpoint import CheckpointStore
 from rljax.cli import COMMANDS, USAGE_ERROR, main
@@ -500,7 +501,7 @@ def state_of(run: Path) -> tuple[Any, dict[str, Any], int]:
     policy = open_policy(config)
     store = CheckpointStore(run / "checkpoints", None)
     try:
-        shapes = state_shapes(policy.shapes, config.optimizer, policy.mesh)
+        shapes = state_shapes(policy.trained_shapes, config.optimizer, policy.mesh)
         return store.restore(checkpoint_shapes(shapes, config.algorithm, policy.compute_dtype))
     finally:
         store.close()
@@ -773,6 +774,73 @@ def test_sft_of_a_task_makes_its_own_vocabulary(place: Place, tmp_path: Path) ->
     assert dataclasses.replace(arch, vocab_size=64) == ARCHITECTURES["tiny"]
     assert arch.vocab_size == 32
     assert load_tokenizer(tmp_path / "sft").vocab_size == 5 + len(TASKS["char_count"].alphabet)
+
+
+# -------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.fixture(scope="module")
+def with_lora(place: Place) -> list[str]:
+    """Command of four steps that train an adapter."""
+    lora = ["--lora.rank", "2", "--lora.alpha", "3", "--lora.targets", "q", "o", "down"]
+    return place.train("--steps", "4", *lora, "--optimizer.learning_rate", "1e-2", "--evaluation.data", "")
+
+
+@pytest.fixture(scope="module")
+def adapted(place: Place, with_lora: list[str]) -> Path:
+    """The run of `with_lora`."""
+    folder = place.root / "adapted"
+    assert main([*with_lora, "--run_dir", str(folder)]) == 0
+    return folder
+
+
+def test_a_resumed_adapter_is_the_unbroken_one(adapted: Path, place: Place, with_lora: list[str]) -> None:
+    state, _, step = state_of(adapted)
+    assert step == 4 and set(state.params) == {"layers"} and set(state.params["layers"]) == {"q", "o", "down"}
+    assert all(factors["b"].any() for factors in state.params["layers"].values())
+    killed = Path(shutil.copytree(adapted, place.root / "killed_adapter"))
+    shutil.rmtree(killed / "checkpoints" / "4")
+    assert len(differing(state, state_of(killed)[0])) > 15
+    assert main([*with_lora, "--run_dir", str(killed)]) == 0
+    assert differing(state, state_of(killed)[0]) == []
+    assert repeatable(metrics_of(killed)) == repeatable(metrics_of(adapted))
+    assert all(row["policy/behaviour_gap_max"] < 1e-4 for row in metrics_of(adapted))
+
+
+def test_convert_merges_an_adapter_or_writes_it_for_peft(adapted: Path, place: Place, tmp_path: Path) -> None:
+    assert main(["convert", str(adapted), str(tmp_path / "merged")]) == 0
+    assert main(["convert", str(adapted), str(tmp_path / "adapter"), "--adapter"]) == 0
+    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 3)
+    assert config["target_modules"] == ["down_proj", "o_proj", "q_proj"]
+    assert config["base_model_name_or_path"] == str(place.start)
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    modules = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    layers = [f"model.layers.{layer}.{module}" for layer in range(4) for module in modules]
+    assert set(factors) == {f"base_model.model.{name}.lora_{side}.weight" for name in layers for side in "AB"}
+    shapes = {name.split(".", 5)[5]: factor.shape for name, factor in factors.items()}
+    assert shapes["self_attn.q_proj.lora_A.weight"] == (2, 128) and shapes["mlp.down_proj.lora_A.weight"] == (2, 256)
+    assert all(shape == (128, 2) for name, shape in shapes.items() if "lora_B" in name)
+    base, merged = (load_file(folder / "model.safetensors") for folder in (place.start, tmp_path / "merged"))
+    assert set(base) == set(merged)
+    for name, weight in base.items():
+        change = 0.0
+        if name.removesuffix(".weight") in layers:
+            a, b = (factors[f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"] for side in "AB")
+            change = 3 / 2 * (b.astype(np.float64) @ a)
+            assert np.abs(change).max() > 1e-4
+        np.testing.assert_allclose(merged[name], weight + change, rtol=0, atol=1e-6 if np.any(change) else 0)
+
+
+def test_only_a_run_with_lora_has_an_adapter(stopped: Path, place: Place, tmp_path: Path, refused: Refused) -> None:
+    said = refused("convert", "--adapter", str(stopped), str(tmp_path / "new"))
+    assert f"{stopped} is a run without LoRA" in said and "leave --adapter out" in said
+    said = refused("convert", str(place.start), str(tmp_path / "new"), "--adapter")
+    assert "only the folder of a run with LoRA holds an adapter; give one" in said
 
 
 # -------------------------------------------------------------------------------------------------------------- sample

@@ -395,6 +395,41 @@ def test_a_decay_ends_after_the_warm_up(schedule: str) -> None:
     assert decayed.optimizer.decay_updates == 4
 
 
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (("q", "gat"), r"^lora\.targets holds 'gat', which is no matrix of a layer; perhaps you meant gate; choose"),
+        (
+            ("up_proj",),
+            r"^lora\.targets holds 'up_proj', .*; perhaps you meant up; choose from q, k, v, o, gate, up, d",
+        ),
+        (("lm_head",), r"^lora\.targets holds 'lm_head', which is no matrix of a layer; choose from q, k"),
+        ((), r"^lora\.targets = \[\] with lora\.rank = 8 must name at least one matrix.* set lora\.rank to 0"),
+        (("q", "q"), r"^lora\.targets = \['q', 'q'\] .* none twice; choose from q"),
+    ],
+)
+def test_an_adapter_lies_beside_matrices_there_are(targets: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        replaced(lora={"rank": 8, "targets": targets})
+
+
+def test_an_adapter_has_no_whole_matrix_for_muon() -> None:
+    with pytest.raises(ConfigError, match=r"'muon' orthogonalises .* lora\.rank = 8 trains factors.*name to 'adamw'"):
+        replaced(lora={"rank": 8}, optimizer={"name": "muon"})
+    assert replaced(lora={"rank": 0}, optimizer={"name": "muon"}).lora.rank == 0
+
+
+def test_the_reference_of_an_adapter_stays_the_frozen_model() -> None:
+    moving = {"reference_update": "periodic", "reference_every_steps": 5}
+    with pytest.raises(ConfigError, match=r"reference_update = 'periodic' .* lora\.rank = 8 that is the frozen model"):
+        replaced(lora={"rank": 8}, algorithm=moving)
+
+
+def test_the_scale_of_an_adapter() -> None:
+    assert replaced(lora={"rank": 8}).lora.scale == 2
+    assert replaced(lora={"rank": 8, "alpha": 4}).lora.scale == 0.5
+
+
 def test_an_unknown_architecture() -> None:
     with pytest.raises(ConfigError, match=r"architecture = 'qwen9' is not known; choose one of tiny, .* model\.path"):
         replaced(model={"architecture": "qwen9"})

@@ -16,9 +16,10 @@ import dataclasses, json, math, re, sys
 import jax, numpy as np
 sys.path.insert(0, sys.argv[1])
 from conftest import TINY, make_prompts
-from rljax.config import AlgorithmConfig, MeshConfig, OptimizerConfig
+from rljax.config import AlgorithmConfig, LoraConfig, MeshConfig, OptimizerConfig
 from rljax.mesh import LEARNER_RULES, make_mesh, param_shardings
 from rljax.models import qwen2
+from rljax.models.lora import adapter_axes, init_adapter
 from rljax.rl.learner import Learner, fresh_state, state_shapes
 from rljax.rl.update import Compute
 from rljax.sampling.engine import EngineOptions, Sampler
@@ -51,6 +52,24 @@ def run(mesh):
     floats = {k: v.value() for k, v in jax.device_get(metrics).items()}
     return rollouts, jax.device_get(learner.state), floats, max(gathered, default=0), long
 
+def adapted(mesh, rollouts):
+    '''An adapter's update and the sync after it: (adapter, sampler's parameters, norm of the gradient).'''
+    lora = LoraConfig(rank=3)
+    base = jax.tree.map(lambda x: x * 5, qwen2.init(jax.random.key(0), TINY))
+    base = jax.device_put(base, param_shardings(mesh, base, qwen2.param_axes(TINY), LEARNER_RULES))
+    adapter = jax.tree.map(lambda x: x + 0.05, init_adapter(jax.random.key(2), TINY, lora))
+    adapter = jax.device_put(adapter, param_shardings(mesh, adapter, adapter_axes(TINY, lora), LEARNER_RULES))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), adapter)
+    split = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(adapter)}
+    assert len(split) > 4, split
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    algorithm = AlgorithmConfig(updates_per_step=1, kl_coefficient=0, old_logprobs="behaviour", microbatch_tokens=256)
+    learner = Learner(fresh_state(adapter, state_shapes(shapes, optimizer, mesh), optimizer), None, TINY, mesh,
+                      algorithm, optimizer, Compute(lora_scale=lora.scale), base=base)
+    norm = learner.step(rollouts, np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))["policy/grad_norm"]
+    sampler = Sampler(learner.params, TINY, mesh, stop_ids=(1,))
+    return jax.device_get((learner.state.params, sampler._params)), norm.value()
+
 one = run(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
 result = {}
 for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("data 2 x tensor 2", MeshConfig(data=2, fsdp=1, tensor=2)),
@@ -74,6 +93,12 @@ for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("data 2 x tensor 2", MeshC
             "long_different": int((one[4].tokens != many[4].tokens).sum()),
             "long_logprob": float(np.abs(one[4].behaviour_logprobs - many[4].behaviour_logprobs).max()),
         }
+(trees, norm), (other_trees, other_norm) = adapted(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), one[0]), adapted(
+    make_mesh(MeshConfig(fsdp=2, tensor=2)), one[0])
+result["adapter"] = {
+    "params": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (trees, other_trees)), strict=True)),
+    "grad_norm": abs(norm - other_norm) / norm,
+}
 print(json.dumps(result))
 """
 
@@ -110,3 +135,9 @@ def test_many_devices_equal_one(differences: dict[str, dict[str, float]], mesh: 
     assert difference["grad_norm"] < 1e-5
     # AdamW turns a gradient near 0 into a whole step of the learning rate, whatever its rounding: hence not 1e-6.
     assert difference["params"] < 2e-5
+
+
+def test_an_adapter_learns_and_is_synced_on_many_devices_as_on_one(differences: dict[str, dict[str, float]]) -> None:
+    """Matrices, and so the factors beside them, split by width over fsdp and by heads over tensor."""
+    assert differences["adapter"]["grad_norm"] < 1e-5
+    assert differences["adapter"]["params"] < 2e-5

@@ -45,6 +45,7 @@ def batch_loss(
     batch: TrainBatch,
     *,
     by_token: bool,
+    train_head: bool,
     temperature: float,
     compute_dtype: Any,
     remat: str,
@@ -54,9 +55,10 @@ def batch_loss(
     Args:
       loss: where `by_token`, called with pieces [1, C] of the tokens in the loss mask and added up; else once, with the
         whole batch [B, T].
+      train_head: whether the head's own weights have a gradient; otherwise that is 0, and a product less.
     """
     hidden = batch_states(params, arch, batch, compute_dtype=compute_dtype, remat=remat)
-    head = Head(loss, arch, temperature, by_token)
+    head = Head(loss, arch, temperature, by_token, train_head)
     return _through_head(head, head_params(params, arch), hidden, jax.tree.map(jnp.asarray, batch))
 
 
@@ -68,6 +70,7 @@ class Head:
     arch: Architecture
     temperature: float
     by_token: bool
+    train_head: bool
 
     def value_and_gradients(
         self, weights: Params, hidden: jax.Array, batch: TrainBatch
@@ -97,7 +100,12 @@ class Head:
             places, source, inside = lined.chunk(index, chunk)
             piece = jax.tree.map(lambda leaf: leaf[places][None], flat)
             piece = dataclasses.replace(piece, loss_mask=inside[None], weights=jnp.where(inside, piece.weights, 0.0))
-            found = jax.value_and_grad(of_piece, argnums=(0, 1), has_aux=True)(cast, states[source], piece)
+            trained, frozen = (cast, {}) if self.train_head else ({}, cast)
+
+            def of_trained(trained: Params, states: jax.Array) -> tuple[jax.Array, Metrics]:
+                return of_piece({**frozen, **trained}, states, piece)
+
+            found = jax.value_and_grad(of_trained, argnums=(0, 1), has_aux=True)(trained, states[source])
             return *found, source
 
         def add(index: jax.Array, so_far: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -112,7 +120,7 @@ class Head:
         start = (
             jnp.float32(0),
             jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics),
-            jax.tree.map(jnp.zeros_like, weights),
+            self._no_gradient(weights),
             jnp.zeros_like(states),
         )
         loss, metrics, d_weights, d_states = jax.lax.fori_loop(0, num_chunks(lined.count, chunk), add, start)
@@ -131,14 +139,19 @@ class Head:
             d_weights, d_states = so_far
             places, source, inside = lined.chunk(index, chunk)
             score = partial(score_tokens, arch=self.arch, temperature=self.temperature, tokens=tokens[places])
-            _, back = jax.vjp(lambda w, h: score(w, hidden=h), cast, states[source])
+            trained, frozen = (cast, {}) if self.train_head else ({}, cast)
+            _, back = jax.vjp(lambda w, h: score({**frozen, **w}, hidden=h), trained, states[source])
             more, d_chunk = back(tuple(jnp.where(inside, pull[places], 0.0) for pull in pulls))
             d_weights = jax.tree.map(lambda sums, d: sums + d.astype(sums.dtype), d_weights, more)
             return d_weights, d_states.at[source].add(d_chunk)
 
-        start = jax.tree.map(jnp.zeros_like, weights), jnp.zeros_like(states)
+        start = self._no_gradient(weights), jnp.zeros_like(states)
         d_weights, d_states = jax.lax.fori_loop(0, num_chunks(lined.count, chunk), add, start)
         return *_over_rows((loss, metrics, d_weights)), d_states.reshape(hidden.shape)
+
+    def _no_gradient(self, weights: Params) -> Params:
+        """Zeros to add the gradient of the head's weights to; nothing where they are not trained."""
+        return jax.tree.map(jnp.zeros_like, weights) if self.train_head else {}
 
 
 def _over_rows(sums: tuple[jax.Array, Metrics, Params]) -> tuple[jax.Array, Metrics, Params]:
@@ -177,10 +190,10 @@ def _forward(head: Head, weights: Params, hidden: jax.Array, batch: TrainBatch) 
     return (loss, metrics), tuple(gradients)
 
 
-def _backward(head: Head, gradients: tuple[Params, jax.Array], pulls: Any) -> tuple[Params, jax.Array, None]:
+def _backward(head: Head, gradients: tuple[Params, jax.Array], pulls: Any) -> tuple[Params | None, jax.Array, None]:
     del head
     d_weights, d_hidden = jax.tree.map(lambda leaf: (leaf * pulls[0]).astype(leaf.dtype), gradients)
-    return d_weights, d_hidden, None
+    return d_weights or None, d_hidden, None
 
 
 _through_head.defvjp(_forward, _backward)

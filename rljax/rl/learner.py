@@ -14,6 +14,7 @@ from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
 from rljax.costs import forward_flops, group_tokens, update_flops
 from rljax.mesh import microbatch_sharding, num_row_shards, replicated
 from rljax.metrics import Metric, Sum, WeightedMean, merge
+from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
 from rljax.rl.advantages import has_spread
 from rljax.rl.aggregation import UpdateLengths, token_weights
@@ -115,13 +116,22 @@ class Learner:
 
     state: TrainState
     reference: Params | None
-    """Parameters of the KL's other side; None when `algorithm.kl_coefficient` is 0. With `ema` and
-    `periodic` it moves, and its buffers are the learner's own (`reference_copy`)."""
+    """Parameters of the KL's other side, with LoRA the base itself; None when `algorithm.kl_coefficient` is 0.
+
+    With `ema` and `periodic` it moves, and its buffers are the learner's own (`reference_copy`).
+    """
     arch: Architecture
     mesh: Mesh
     algorithm: AlgorithmConfig
     optimizer: OptimizerConfig
     compute: Compute
+    base: Params | None = None
+    """Frozen parameters that the LoRA adapter in `state` lies beside; None: `state` holds all parameters."""
+
+    @property
+    def params(self) -> Params:
+        """The policy's, for scores and the weight sync; an adapter lies beside its matrices."""
+        return attach(self.base, self.state.params, self.compute.lora_scale)
 
     def step(self, rollouts: Rollouts, advantages: np.ndarray) -> dict[str, Metric]:
         """`updates_per_step` optimizer updates, each on as many prompts, in order.
@@ -140,6 +150,7 @@ class Learner:
                     self.state,
                     self._on_device(rows.batch),
                     rows.num_microbatches,
+                    self.base,
                     arch=self.arch,
                     algorithm=self.algorithm,
                     optimizer=self.optimizer,
@@ -182,7 +193,7 @@ class Learner:
         assert self.reference is not None, "there is no reference model; algorithm.kl_coefficient is 0"
         old = rollouts.behaviour_logprobs
         if self.algorithm.old_logprobs == "recompute":
-            old = self.score(self.state.params, rollouts)
+            old = self.score(self.params, rollouts)
         gap = jnp.asarray(old - self.score(self.reference, rollouts))
         kl = np.asarray(kl_of(gap, self.algorithm.kl_estimator), np.float64)
         total = kl.sum(axis=1).reshape(-1, rollouts.group_size)  # both are 0 after the end, and so is an estimate of 0
@@ -236,7 +247,7 @@ class Learner:
                 batch = dataclasses.replace(batch, reference_logprobs=self._score(self.reference, rows))
                 passes += 1
             if self.algorithm.old_logprobs == "recompute":
-                old = self._score(self.state.params, rows)
+                old = self._score(self.params, rows)
                 gap = merge(gap, behaviour_gap(old, batch))
                 batch = dataclasses.replace(batch, old_logprobs=old)
                 passes += 1

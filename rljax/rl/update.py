@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
 from rljax.metrics import merge
+from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
 from rljax.rl.head import Metrics, batch_loss
 from rljax.rl.logprobs import batch_logprobs
@@ -28,6 +29,8 @@ class Compute:
     dtype: str = "float32"
     remat: str = "full"
     temperature: float = 1.0
+    lora_scale: float = 1.0
+    """Factor of a LoRA adapter's product."""
 
 
 def sum_over_microbatches(
@@ -60,6 +63,7 @@ def grpo_update(
     state: TrainState,
     batch: TrainBatch,
     num_microbatches: jax.Array,
+    base: Params | None = None,
     *,
     arch: Architecture,
     algorithm: AlgorithmConfig,
@@ -70,19 +74,23 @@ def grpo_update(
 
     The metrics' `policy/behaviour_gap_*` compare the sampler with the parameters before this update, so they mean
     something only for the first update after a weight sync.
+
+    Args:
+      base: frozen parameters that the adapter in `state` lies beside; None: `state` holds all of them.
     """
 
     def loss(logprobs: jax.Array, entropies: jax.Array, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
         value, metrics = grpo_loss(logprobs, entropies, rows, algorithm)
         return value, metrics | behaviour_gap(logprobs, rows)
 
-    def whole_loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+    def whole_loss(trained: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
         return batch_loss(
             loss,
-            params,
+            attach(base, trained, compute.lora_scale),
             arch,
             rows,
             by_token=is_by_token(algorithm),
+            train_head=base is None,
             temperature=compute.temperature,
             compute_dtype=compute.dtype,
             remat=compute.remat,

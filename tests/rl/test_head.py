@@ -22,7 +22,7 @@ ARCH = Architecture(
     hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=24, vocab_size=VOCAB,
     tied_embeddings=True, num_tokens=50,
 )  # fmt: skip
-OPTIONS = {"by_token": True, "temperature": 0.7, "compute_dtype": "float32", "remat": "none"}
+OPTIONS = {"by_token": True, "train_head": True, "temperature": 0.7, "compute_dtype": "float32", "remat": "none"}
 
 
 def make_batch() -> TrainBatch:
@@ -77,6 +77,21 @@ def test_loss_and_gradient_are_those_of_whole_logits(params, arch, by_token, mon
         scale = float(jnp.abs(theirs).max())
         assert scale > 0
         np.testing.assert_allclose(mine, theirs, atol=2e-6 * max(scale, 1e-3))
+
+
+@pytest.mark.parametrize("by_token", [True, False], ids=["one pass", "two passes"])
+def test_a_frozen_head_changes_no_other_gradient(params, arch, by_token) -> None:
+    loss, batch = loss_of(AlgorithmConfig(kl_coefficient=0.05)), make_batch()
+
+    def gradient(train_head: bool):
+        options = OPTIONS | {"by_token": by_token, "train_head": train_head}
+        return jax.jit(jax.grad(lambda p: batch_loss(loss, p, arch, batch, **options)[0]))(params)
+
+    trained, frozen = gradient(True), gradient(False)
+    for mine, theirs in zip(*(jax.tree.leaves(g["layers"]) for g in (trained, frozen)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-8)
+    name = "embed" if arch.tied_embeddings else "head"
+    assert float(jnp.abs(trained[name] - frozen[name]).max()) > 1e-3
 
 
 def test_which_losses_are_sums_over_tokens() -> None:
