@@ -23,7 +23,8 @@ import yaml
 
 from rljax.checkpoint import CheckpointStore
 from rljax.cli import COMMANDS, USAGE_ERROR, main
-from rljax.config import ARCHITECTURES, ConfigError, ModelConfig, RunConfig, dump_config, parse_config
+from rljax.config import ARCHITECTURES, ConfigError, ModelConfig, RunConfig
+from rljax.config_file import dump_config, parse_config
 from rljax.data.tasks import TASKS
 from rljax.export import save_description
 from rljax.models import hf
