@@ -15,7 +15,7 @@ USAGE_ERROR = 64
 
 def _train(argv: list[str]) -> None:
     """GRPO: trains, or resumes the run folder if it holds a checkpoint   CONFIG.yaml ... [--a.b value]"""
-    from rljax.config import parse_config
+    from rljax.config_file import parse_config
 
     config = parse_config(argv, prog="rljax train")
     _log_to_stdout()
@@ -28,7 +28,7 @@ def _train(argv: list[str]) -> None:
 
 def _sft(argv: list[str]) -> None:
     """Supervised warm start: writes a Hugging Face folder   CONFIG.yaml ... [--a.b value]"""
-    from rljax.config import parse_config
+    from rljax.config_file import parse_config
 
     config = parse_config(argv, prog="rljax sft")
     output = Path(config.sft.output or Path(config.run_dir) / "sft")
@@ -42,7 +42,7 @@ def _sft(argv: list[str]) -> None:
 
 def _sample(argv: list[str]) -> None:
     """Completions of prompts given or in a file, as JSON lines   CONFIG.yaml ... [--sample.prompts TEXT ...]"""
-    from rljax.config import parse_config
+    from rljax.config_file import parse_config
 
     config = parse_config(argv, prog="rljax sample")
     from rljax.sample import sample

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from rljax.checkpoint import CheckpointStore
-from rljax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, parse_config, read_yaml
+from rljax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
+from rljax.config_file import parse_config, read_yaml
 from rljax.models.gguf import convert_gguf, demo_gguf
 from rljax.models.hf import describe_architecture
 from rljax.models.lora import attach

@@ -111,21 +111,6 @@ def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]
     return merged
 
 
-def merge_stacked(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """One metric from each whose leaves are stacked on a leading axis, as a `scan` returns them."""
-
-    def reduce(metric: Metric) -> Metric:
-        match metric:
-            case Max(amounts):
-                return Max(jax.numpy.max(amounts, axis=0))
-            case Min(amounts):
-                return Min(jax.numpy.min(amounts, axis=0))
-            case _:
-                return jax.tree.map(lambda leaf: jax.numpy.sum(leaf, axis=0), metric)
-
-    return {name: reduce(metric) for name, metric in metrics.items()}
-
-
 def to_floats(metrics: Mapping[str, Metric | Scalar]) -> dict[str, float]:
     """Values as Python floats, in one transfer from the device; plain numbers pass."""
     fetched = jax.device_get(dict(metrics))

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.checkpoint import CheckpointStore, require_same_config
-from rljax.config import ARCHITECTURES, ConfigError, RunConfig, dump_config
+from rljax.config import ARCHITECTURES, ConfigError, RunConfig
+from rljax.config_file import dump_config
 from rljax.costs import flops_utilisation, paper_flops, scaling_params
 from rljax.data.pipeline import PromptPipeline, open_pipeline
 from rljax.data.records import read_records

@@ -14,6 +14,7 @@ sys.path.insert(0, str(FOLDER))
 import ablations  # noqa: E402
 import common  # noqa: E402
 import peer  # noqa: E402
+import quickstart  # noqa: E402
 import roofline  # noqa: E402
 import sampling  # noqa: E402
 import simulate  # noqa: E402
@@ -295,6 +296,24 @@ def test_tables_of_everything_and_by_device() -> None:
     made_tables = table.tables(lines)
     assert list(made_tables) == ["Rollouts, cpu", "Ablations, cpu", "Other, cpu", "Counted, none"]
     assert "| cache | grow | tiny, 8 rows, 64 + 128 tokens | 10 | 1.50 |" in made_tables["Ablations, cpu"]
+
+
+def test_lines_of_a_quickstart() -> None:
+    result = {"sft_seconds": 70.0, "train_seconds": 120.0, "curve": [[0, 0.25], [10, 0.5], [20, 0.75]]}
+    fields = common.run_fields("quickstart", "cpu", {})
+    lines = quickstart.lines_of(fields, 3, result, peak_gib=0.9)
+    assert {line["metric"]: line["median"] for line in lines} == {
+        "pass@1 change": 0.5,
+        "pass@1 before": 0.25,
+        "pass@1 after": 0.75,
+        "warm start": 70.0,
+        "training": 120.0,
+        "peak memory": 0.9,
+    }
+    kept = [json.loads(line) for line in (FOLDER / "results" / "quickstart.jsonl").read_text().splitlines()[-6:]]
+    for new, old in zip(lines, kept, strict=True):  # what is in the results by now, field for field
+        assert list(new) == list(old) and new["case"].keys() == old["case"].keys()
+        assert (new["metric"], new["unit"]) == (old["metric"], old["unit"])
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:

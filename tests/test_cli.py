@@ -24,7 +24,8 @@ from safetensors.numpy import load_file
 
 from rljax.checkpoint import CheckpointStore
 from rljax.cli import COMMANDS, USAGE_ERROR, main
-from rljax.config import ARCHITECTURES, ConfigError, ModelConfig, RunConfig, dump_config, parse_config
+from rljax.config import ARCHITECTURES, ConfigError, ModelConfig, RunConfig
+from rljax.config_file import dump_config, parse_config
 from rljax.data.tasks import TASKS
 from rljax.export import save_description
 from rljax.metrics import ALIASES

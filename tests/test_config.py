@@ -14,16 +14,13 @@ import yaml
 from rljax.config import (
     _AT_LEAST_ONE,
     _AT_LEAST_ZERO,
-    _KINDS,
-    _REQUIRED,
     ARCHITECTURES,
     NOMINAL_PARAMS,
     Architecture,
     ConfigError,
     RunConfig,
-    dump_config,
-    parse_config,
 )
+from rljax.config_file import _KINDS, _REQUIRED, dump_config, parse_config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").rglob("*.yaml"))
 
@@ -464,7 +461,7 @@ def test_a_config_is_a_value() -> None:
 
 def test_importing_and_parsing_needs_no_jax() -> None:
     code = (
-        "import sys; from rljax.config import parse_config; parse_config(['--seed', '1']); "
+        "import sys; from rljax.config_file import parse_config; parse_config(['--seed', '1']); "
         "heavy = {'jax', 'numpy', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

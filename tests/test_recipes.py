@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rljax.config import AlgorithmConfig, RunConfig, parse_config
+from rljax.config import AlgorithmConfig, RunConfig
+from rljax.config_file import parse_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml"))
