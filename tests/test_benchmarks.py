@@ -1,10 +1,12 @@
 """Benchmarks: lines, lengths, tables and counting are right, and peers answer. No timings."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,15 +15,17 @@ sys.path.insert(0, str(FOLDER))
 
 import ablations  # noqa: E402
 import common  # noqa: E402
+import learning  # noqa: E402
 import peer  # noqa: E402
 import quickstart  # noqa: E402
 import roofline  # noqa: E402
 import sampling  # noqa: E402
 import simulate  # noqa: E402
 import table  # noqa: E402
+import update  # noqa: E402
 from contenders import Rljax, Void, load_sampler  # noqa: E402
 from models import model_folder  # noqa: E402
-from peers.protocol import split_by_rows  # noqa: E402
+from peers.protocol import Turns, split_by_rows  # noqa: E402
 from workloads import ARCHS, DEFAULT_ROWS, REALISTIC, ROWS, Workload, realistic_lengths  # noqa: E402
 
 from rljax.sampling.engine import EngineOptions  # noqa: E402
@@ -154,6 +158,18 @@ def test_the_floor_of_a_rollout_worked_by_hand() -> None:
     # The prompt is read once for both rows.
     expected = 2 * 4 * (mm + head) + kv * ((4 + 2 * 1) + (4 + 2)) + 3 * 3 * 4 * 512
     assert roofline.decode_floor_seconds(arch, prompts, lengths, memory, "float32") == expected
+
+
+def test_the_counts_of_learning_worked_by_hand() -> None:
+    """The same two completions: 9 tokens through the layers, logits of 5."""
+    arch, prompts, lengths = ARCHS["tiny"], np.array([4]), np.array([3, 2])
+    counts = (9, 10 + (6 + 3 * 4) + (3 + 2 * 4), 5)
+    assert roofline.learning_counts(prompts, lengths) == counts
+    mm, head = 4 * 256 * ((2 * 4 + 2 * 2) * 64 + 3 * 1024), 256 * 512
+    forward = 2 * mm * 9 + 4 * 4 * 4 * 64 * 39 + 2 * head * 5
+    assert roofline.learning_flops(arch, prompts, lengths) == 4 * forward  # reference, and thrice for the update
+    flops = roofline.Ceilings(1.0, float("inf"), float("inf"))
+    assert roofline.update_floor_seconds(arch, prompts, lengths, flops) == 4 * forward
 
 
 # ---------------------------------------------------------------------------------------------------------- simulation
@@ -368,6 +384,84 @@ def test_every_ablation_is_known_by_its_name() -> None:
         ablations.run_ablations(["nothing"], None)  # type: ignore[arg-type]
 
 
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def test_even_ids_are_rewarded(ours: Rljax) -> None:
+    ours.run(0)
+    assert ours.rollouts is not None
+    rewards = learning.even_share(ours.rollouts)
+    rows = [row[:n].tolist() for row, n in zip(ours.rollouts.tokens, ours.rollouts.lengths, strict=True)]
+    assert rewards.reshape(-1).tolist() == [sum(t % 2 == 0 for t in row) / len(row) for row in rows]
+
+
+def test_the_gate_lets_no_other_weights_pass(folder: Path, ours: Rljax) -> None:
+    learner = learning.load_learner(folder, ARCHS["tiny"], group=SMALL.group)
+    ours.sampler.sync(learner.state.params)
+    ours.run(0)
+    assert ours.rollouts is not None
+    learning.check_logprobs(learner, ours.rollouts, [])
+    learner.state = dataclasses.replace(learner.state, params=jax.tree.map(lambda x: 1.05 * x, learner.state.params))
+    with pytest.raises(Void, match="log-probs of the learner and the sampler differ by"):
+        learning.check_logprobs(learner, ours.rollouts, [])
+
+
+def test_an_iteration_and_what_it_is_made_of(folder: Path, ours: Rljax) -> None:
+    iteration = learning.Iteration(folder, SMALL)
+    iteration.sampler = ours.sampler  # its programs are there
+    seconds = iteration.run(0)
+    assert list(iteration.phases) == ["rollout", "reward", "update", "sync"]
+    assert sum(iteration.phases.values()) == pytest.approx(seconds)
+    assert 0 <= iteration.metrics["learner/padding_fraction"] < 1 and iteration.peak_mib > 0
+    # The second one is of other weights than the reference, and draws with them.
+    iteration.run(1)
+    assert iteration.metrics["policy/reference_kl"] > 0
+    assert iteration.metrics["policy/behaviour_gap_max"] < 1e-4
+
+
+def test_completions_alone_are_the_same_completions(ours: Rljax) -> None:
+    assert ours.rollouts is not None
+    alone = learning.ungrouped(ours.rollouts)
+    sent, shared = learning.as_ids(alone), learning.as_ids(ours.rollouts)
+    assert sent["completions"] == shared["completions"]
+    assert sent["prompts"] == [prompt for prompt in shared["prompts"] for _ in range(SMALL.group)]
+
+
+def test_a_batch_that_is_too_large_is_taken_in_whole_groups() -> None:
+    assert learning.batch_variants(["a", "b"], ROWS["tiny-b64"]) == ["a/64", "b/64"]
+    assert learning.batch_variants(["a"], REALISTIC) == ["a/16", "a/32"]
+
+
+def test_the_loss_head_in_chunks_needs_less_than_half_the_memory() -> None:
+    whole, chunked = update.head_lines(common.run_fields("update", "cpu", {}))
+    assert chunked["ratio"] > 2 and whole["ratio"] == 1
+
+
+def test_a_loop_takes_its_turns() -> None:
+    steps: list[int] = []
+
+    def loop(turns: Turns) -> None:
+        for step in range(3):
+            turns.begin()
+            turns.timed("rollout", steps.append)(step)
+            if step == 2:
+                raise ValueError("no more")
+            turns.end()
+
+    turns = Turns(loop)
+    assert steps == []
+    told = turns.step()
+    assert steps == [0] and set(told) == {"seconds", "rollout", "reference", "update", "peak_mib"}
+    assert told["seconds"] == told["rollout"] + told["reference"] + told["update"]
+    turns.step()
+    with pytest.raises(ValueError, match="no more"):
+        turns.step()
+    turns.stop()
+    stopped = Turns(loop)
+    stopped.stop()
+    assert steps == [0, 1, 2]
+
+
 # --------------------------------------------------------------------------------------------------------------- peers
 
 
@@ -384,7 +478,7 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_peers_continue_as_rljax_does(folder: Path) -> None:
     """Those that are installed, side by side."""
-    names = [name for name in sorted(peer.WORKERS) if peer.is_installed(name)]
+    names = [name for name in sorted(peer.SAMPLERS) if peer.is_installed(name)]
     if not names:
         pytest.skip("needs .venv-hf or .venv-tunix (make bench-peers)")
     workers = [peer.Worker(name) for name in names]

@@ -47,7 +47,8 @@ class IdText:
         return NO_TOKEN
 
 
-def load(folder: str, dtype: str) -> dict[str, Any]:
+def read_model(folder: str, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The model in a folder, and its shape."""
     config = json.loads((Path(folder) / "config.json").read_text())
     shape = {
         "num_layers": config["num_hidden_layers"],
@@ -65,12 +66,19 @@ def load(folder: str, dtype: str) -> dict[str, Any]:
         made, create = qwen.ModelConfig(use_tied_embedding=tied, **shape), qwen_params.create_model_from_safe_tensors
     else:
         made, create = llama.ModelConfig(weight_tying=tied, **shape), llama_params.create_model_from_safe_tensors
-    loaded.clear()
     with mesh:
-        loaded["model"] = create(folder, made, mesh, dtype=jnp.dtype(dtype))
-    loaded["shape"], loaded["samplers"] = shape, {}
-    versions = {"google-tunix": metadata.version("google-tunix"), "tunix's jax": jax.__version__}
-    return {"versions": versions, "device": str(jax.devices()[0]), "variants": ["static"]}
+        return create(folder, made, mesh, dtype=jnp.dtype(dtype)), shape
+
+
+def versions() -> dict[str, str]:
+    return {"google-tunix": metadata.version("google-tunix"), "tunix's jax": jax.__version__}
+
+
+def load(folder: str, dtype: str) -> dict[str, Any]:
+    loaded.clear()
+    loaded["model"], loaded["shape"] = read_model(folder, dtype)
+    loaded["samplers"] = {}
+    return {"versions": versions(), "device": str(jax.devices()[0]), "variants": ["static"]}
 
 
 def _draw(prompts: list[list[int]], new_tokens: int, **options: Any) -> list[list[int]]:
