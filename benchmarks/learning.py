@@ -16,7 +16,7 @@ from peer import PeerError, Worker
 from peers.protocol import peak_mib, reset_peak_memory
 from workloads import ARCHS, Workload
 
-from rljax.config import AlgorithmConfig, Architecture, MeshConfig, OptimizerConfig
+from rljax.config import AlgorithmConfig, Architecture, LoraConfig, MeshConfig, OptimizerConfig
 from rljax.mesh import make_mesh
 from rljax.metrics import to_floats
 from rljax.policy import Policy
@@ -53,7 +53,7 @@ def load_learner(
 ) -> Learner:
     """A learner of the weights in `folder` that makes one update per step, with them as the reference too."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    policy = Policy(arch, character_tokenizer("0"), mesh, dtype, folder)  # no text is read: any tokenizer
+    policy = Policy(arch, character_tokenizer("0"), mesh, dtype, folder, LoraConfig())  # no text is read
     params = policy.load_params(0)
     state = fresh_state(params, state_shapes(policy.shapes, OPTIMIZER, mesh), OPTIMIZER)
     # With one update per step the ratio is 1 and no old log-probs are needed; peers save that pass too.

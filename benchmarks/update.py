@@ -9,6 +9,7 @@ of the first gradient differ. Lines go to benchmarks/results/update.jsonl (forma
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -28,7 +29,9 @@ from workloads import ARCHS, DEFAULT_TRAINING_ROWS, TRAINING_ROWS
 
 from rljax.config import ARCHITECTURES
 from rljax.models.qwen2 import logits, param_shapes
-from rljax.models.scoring import token_logprobs
+from rljax.models.scoring import head_params
+from rljax.rl.head import Head
+from rljax.types import TrainBatch
 
 ABLATIONS = {
     "prompts": {"repeated": {"alone": True}, "shared": {}},
@@ -49,22 +52,30 @@ def head_lines(fields: Line) -> list[Line]:
     """
     arch = ARCHITECTURES["qwen2.5-0.5b"]
     shape = (1, HEAD_TOKENS)
-    params = param_shapes(arch)
+    params = head_params(param_shapes(arch), arch)
     hidden = jax.ShapeDtypeStruct((*shape, arch.hidden_size), jnp.float32)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
-    mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    kinds = {"int32": jnp.int32, "bool": jnp.bool_, "float32": jnp.float32}
+    ids = dict.fromkeys(("tokens", "positions", "group", "completion", "source"), "int32") | {"loss_mask": "bool"}
+    fields_of = {field.name: kinds[ids.get(field.name, "float32")] for field in dataclasses.fields(TrainBatch)}
+    batch = TrainBatch(**{name: jax.ShapeDtypeStruct(shape, kind) for name, kind in fields_of.items()})  # type: ignore
 
-    def chunked(params: Any, hidden: jax.Array, source: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return token_logprobs(params, arch, hidden, source, tokens, mask, jnp.float32(1.0))[0].sum()
+    def total(logprobs: jax.Array, entropies: jax.Array, rows: TrainBatch) -> tuple[jax.Array, dict[str, Any]]:
+        del entropies, rows
+        return logprobs.sum(), {}
 
-    def whole(params: Any, hidden: jax.Array, source: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        predicting = jnp.take_along_axis(hidden, source[..., None], axis=1)
-        scored = jax.nn.log_softmax(logits(params, arch, predicting), axis=-1)
-        return jnp.sum(jnp.where(mask, jnp.take_along_axis(scored, tokens[..., None], axis=-1)[..., 0], 0.0))
+    def whole(params: Any, hidden: jax.Array, batch: TrainBatch) -> Any:
+        def loss(params: Any, hidden: jax.Array) -> jax.Array:
+            predicting = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
+            scored = jax.nn.log_softmax(logits(params, arch, predicting), axis=-1)
+            chosen = jnp.take_along_axis(scored, batch.tokens[..., None], axis=-1)[..., 0]
+            return jnp.sum(jnp.where(batch.loss_mask, chosen, 0.0))
 
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
+
+    chunked = Head(total, arch, 1.0, by_token=True, train_head=True).value_and_gradients
     made: dict[str, float] = {}
     for name, head in (("whole", whole), ("chunked", chunked)):
-        compiled = jax.jit(jax.grad(head, argnums=(0, 1))).lower(params, hidden, ids, ids, mask).compile()
+        compiled = jax.jit(head).lower(params, hidden, batch).compile()
         memory = compiled.memory_analysis()
         assert memory is not None, "the backend does not say what memory a program needs"
         made[name] = memory.temp_size_in_bytes / 2**30

@@ -797,8 +797,9 @@ def adapted(place: Place, with_lora: list[str]) -> Path:
 
 def test_a_resumed_adapter_is_the_unbroken_one(adapted: Path, place: Place, with_lora: list[str]) -> None:
     state, _, step = state_of(adapted)
-    assert step == 4 and set(state.params) == {"layers"} and set(state.params["layers"]) == {"q", "o", "down"}
-    assert all(factors["b"].any() for factors in state.params["layers"].values())
+    adapter = state["params"]
+    assert step == 4 and set(adapter) == {"layers"} and set(adapter["layers"]) == {"q", "o", "down"}
+    assert all(factors["b"].any() for factors in adapter["layers"].values())
     killed = Path(shutil.copytree(adapted, place.root / "killed_adapter"))
     shutil.rmtree(killed / "checkpoints" / "4")
     assert len(differing(state, state_of(killed)[0])) > 15

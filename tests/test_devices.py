@@ -108,6 +108,7 @@ def differences() -> dict[str, dict[str, float]]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "NPROC": "16",  # threads: simulated devices wait for one another in them, and those of two cores are too few
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
     }
     done = subprocess.run(

@@ -44,11 +44,11 @@ def batch_loss(
     arch: Architecture,
     batch: TrainBatch,
     *,
-    by_token: bool,
-    train_head: bool,
-    temperature: float,
-    compute_dtype: Any,
-    remat: str,
+    by_token: bool = False,
+    train_head: bool = True,
+    temperature: float = 1.0,
+    compute_dtype: Any = jnp.float32,
+    remat: str = "none",
 ) -> tuple[jax.Array, Metrics]:
     """`loss` of the log-probs of `batch` under `params`, and its metrics; has a gradient by `params`.
 
@@ -165,7 +165,7 @@ def _over_rows(sums: tuple[jax.Array, Metrics, Params]) -> tuple[jax.Array, Metr
     # in several at once.
     flat, unflatten = jax.flatten_util.ravel_pytree(added)
     total = jax.lax.psum(flat, ROWS[0])
-    extremes = {name: m for name, m in metrics.items() if name not in added}
+    extremes = {name: m for name, m in metrics.items() if isinstance(m, (Max, Min))}
     signs = {name: -1.0 if isinstance(m, Min) else 1.0 for name, m in extremes.items()}
     if extremes:
         stacked = jnp.stack([signs[name] * m.amount for name, m in extremes.items()])
