@@ -48,6 +48,11 @@ class Lined:
         flat = (source + length * jnp.arange(rows, dtype=jnp.int32)[:, None]).reshape(-1)
         return cls(places, flat[places], mask.sum(dtype=jnp.int32))
 
+    def num_chunks(self, size: int) -> jax.Array:
+        """Chunks of `size` that they fill. Devices that hold other rows may have more or less to do; those that share
+        rows, a vocabulary split between them, go through the same ones together."""
+        return -(-self.count // size)
+
     def chunk(self, index: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(places, source, whether it is a token of the mask) [C] of chunk `index`."""
         places, source = (jax.lax.dynamic_slice_in_dim(x, index * size, size) for x in (self.places, self.source))
@@ -89,7 +94,7 @@ def token_logprobs(
 
     def run(head: Params, hidden: jax.Array, source: jax.Array, tokens: jax.Array, mask: jax.Array) -> Any:
         chunk = chunk_tokens(mask.size, arch.vocab_size)
-        lined, head = jax.lax.optimization_barrier((Lined.of(mask, source, chunk), head))
+        lined = Lined.of(mask, source, chunk)
         states, flat = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
 
         def score(index: jax.Array, scored: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
@@ -99,7 +104,7 @@ def token_logprobs(
             return tuple(write(old, new) for old, new in zip(scored, found, strict=True))
 
         empty = jnp.zeros(lined.places.shape, jnp.float32)
-        scored = jax.lax.fori_loop(0, num_chunks(lined.count, chunk), score, (empty, empty))
+        scored = jax.lax.fori_loop(0, lined.num_chunks(chunk), score, (empty, empty))
         rank = jnp.cumsum(mask.reshape(-1)).reshape(mask.shape) - 1
         return tuple(jnp.where(mask, values[rank], 0.0) for values in scored)
 
@@ -111,12 +116,6 @@ def head_params(params: Params, arch: Architecture) -> Params:
     """What `logits` uses of `params`."""
     name = "embed" if arch.tied_embeddings else "head"
     return {name: params[name]}
-
-
-def num_chunks(count: jax.Array, chunk: int) -> jax.Array:
-    """Chunks that `count` tokens fill; on a mesh, those of the fullest device, so that all go through the same loop."""
-    number = -(-count // chunk)
-    return jax.lax.pmax(number, ROWS[0]) if splits_rows() else number
 
 
 def on_own_rows(function: Callable[..., Any], *, rows: int, out_specs: Any = ROWS) -> Callable[..., Any]:

@@ -24,7 +24,6 @@ from rljax.models.scoring import (
     Lined,
     chunk_tokens,
     head_params,
-    num_chunks,
     on_own_rows,
     score_tokens,
     splits_rows,
@@ -86,7 +85,6 @@ class Head:
     def _in_one_pass(self, weights: Params, hidden: jax.Array, batch: TrainBatch) -> tuple[Any, ...]:
         chunk = chunk_tokens(batch.tokens.size, self.arch.vocab_size)
         lined = Lined.of(batch.loss_mask, batch.source, chunk)
-        lined, weights = jax.lax.optimization_barrier((lined, weights))
         states = hidden.reshape(-1, hidden.shape[-1])
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1), batch)
         cast = jax.tree.map(lambda leaf: leaf.astype(hidden.dtype), weights)
@@ -123,12 +121,12 @@ class Head:
             self._no_gradient(weights),
             jnp.zeros_like(states),
         )
-        loss, metrics, d_weights, d_states = jax.lax.fori_loop(0, num_chunks(lined.count, chunk), add, start)
-        return *_over_rows((loss, metrics, d_weights)), d_states.reshape(hidden.shape)
+        loss, metrics, d_weights, d_states = jax.lax.fori_loop(0, lined.num_chunks(chunk), add, start)
+        return _over_rows(loss, metrics, d_weights, d_states.reshape(hidden.shape))
 
     def _in_two_passes(self, weights: Params, hidden: jax.Array, batch: TrainBatch) -> tuple[Any, ...]:
         chunk = chunk_tokens(batch.tokens.size, self.arch.vocab_size)
-        lined, weights = jax.lax.optimization_barrier((Lined.of(batch.loss_mask, batch.source, chunk), weights))
+        lined = Lined.of(batch.loss_mask, batch.source, chunk)
         states, tokens = hidden.reshape(-1, hidden.shape[-1]), batch.tokens.reshape(-1)
         cast = jax.tree.map(lambda leaf: leaf.astype(hidden.dtype), weights)
         scored = token_logprobs(cast, self.arch, hidden, batch.source, batch.tokens, batch.loss_mask, self.temperature)
@@ -146,37 +144,35 @@ class Head:
             return d_weights, d_states.at[source].add(d_chunk)
 
         start = self._no_gradient(weights), jnp.zeros_like(states)
-        d_weights, d_states = jax.lax.fori_loop(0, num_chunks(lined.count, chunk), add, start)
-        return *_over_rows((loss, metrics, d_weights)), d_states.reshape(hidden.shape)
+        d_weights, d_states = jax.lax.fori_loop(0, lined.num_chunks(chunk), add, start)
+        return _over_rows(loss, metrics, d_weights, d_states.reshape(hidden.shape))
 
     def _no_gradient(self, weights: Params) -> Params:
         """Zeros to add the gradient of the head's weights to; nothing where they are not trained."""
         return jax.tree.map(jnp.zeros_like, weights) if self.train_head else {}
 
 
-def _over_rows(sums: tuple[jax.Array, Metrics, Params]) -> tuple[jax.Array, Metrics, Params]:
-    """Added up over the devices that hold rows; metrics by their types."""
+def _over_rows(
+    loss: jax.Array, metrics: Metrics, d_weights: Params, d_hidden: jax.Array
+) -> tuple[jax.Array, Metrics, Params, jax.Array]:
+    """The first three added up over the devices that hold rows; metrics by their types."""
     if not splits_rows():
-        return sums
-    loss, metrics, d_weights = sums
-    added: dict[str, Any] = {name: m for name, m in metrics.items() if not isinstance(m, (Max, Min))}
-    added["loss"] = loss
-    # One collective for all numbers, and one after the other: a CPU that simulates devices has too few threads to wait
-    # in several at once.
-    flat, unflatten = jax.flatten_util.ravel_pytree(added)
-    total = jax.lax.psum(flat, ROWS[0])
+        return loss, metrics, d_weights, d_hidden
     extremes = {name: m for name, m in metrics.items() if isinstance(m, (Max, Min))}
-    signs = {name: -1.0 if isinstance(m, Min) else 1.0 for name, m in extremes.items()}
-    if extremes:
-        stacked = jnp.stack([signs[name] * m.amount for name, m in extremes.items()])
-        total, stacked = jax.lax.optimization_barrier((total, stacked))
-        stacked = jax.lax.pmax(stacked, ROWS[0])
-        total, stacked = jax.lax.optimization_barrier((total, stacked))
-        extremes = {name: type(m)(signs[name] * stacked[i]) for i, (name, m) in enumerate(extremes.items())}
-    total, d_weights = jax.lax.optimization_barrier((total, d_weights))
-    added = unflatten(total)
-    loss = added.pop("loss")
-    return loss, {**added, **extremes}, jax.lax.psum(d_weights, ROWS[0])
+    added: dict[str, Any] = {name: m for name, m in metrics.items() if name not in extremes}
+    flat, unflatten = jax.flatten_util.ravel_pytree((loss, added))
+    highest = [m.amount if isinstance(m, Max) else -m.amount for m in extremes.values()]
+    highest = jnp.stack(highest) if highest else jnp.zeros(0)
+    # Simulated devices wait for one another in the threads of few cores: one collective after the other, and none
+    # beside those of the backward pass that comes next.
+    in_order = jax.lax.optimization_barrier if jax.default_backend() == "cpu" else lambda arrays: arrays
+    flat, highest = in_order((jax.lax.psum(flat, ROWS[0]), highest))
+    highest, d_weights = in_order((jax.lax.pmax(highest, ROWS[0]), d_weights))
+    d_weights, d_hidden = in_order((jax.lax.psum(d_weights, ROWS[0]), d_hidden))
+    loss, added = unflatten(flat)
+    for (name, metric), value in zip(extremes.items(), highest, strict=True):
+        added[name] = Max(value) if isinstance(metric, Max) else Min(-value)
+    return loss, added, d_weights, d_hidden
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -124,6 +124,7 @@ def test_no_more_logits_than_a_chunk_exist(by_token, monkeypatch) -> None:
     params = qwen2.init(jax.random.key(3), ARCH)
     gradient = jax.jit(jax.grad(lambda p: batch_loss(loss, p, ARCH, batch, **options)[0]))
     text = gradient.lower(params).compile().as_text()
+    assert text is not None
     shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     logits = [shape for shape in shapes if VOCAB in shape]
     assert [11, VOCAB] in logits
