@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 PARITY := .venv-parity
-PEERS := .venv-hf/installed .venv-tunix/installed
+PEERS := .venv-hf/installed .venv-tunix/installed .venv-trl/installed
 BIN := $(VENV)/bin
 # The CPU is what is tested; a GPU or TPU that happens to be there must not change the numbers.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart demo test parity lint clean bench-peers bench-sampling
+.PHONY: quickstart demo test parity lint clean bench-peers bench-sampling bench-step
 
 quickstart: $(VENV)/installed  ## a tiny model learns column addition; minutes on two cores
 	rm -rf runs/quickstart
@@ -36,8 +36,11 @@ bench-peers: $(PEERS)  ## what the benchmarks compare with, each in an environme
 bench-sampling: $(VENV)/demo $(PEERS)  ## rollouts against transformers and Tunix; leave the machine alone meanwhile
 	$(BIN)/python benchmarks/sampling.py --peer hf --peer tunix
 
+bench-step: $(VENV)/demo $(PEERS)  ## whole GRPO iterations against TRL and Tunix; leave the machine alone meanwhile
+	$(BIN)/python benchmarks/step.py --peer trl --peer tunix
+
 clean:
-	rm -rf $(VENV) $(PARITY) .venv-hf .venv-tunix runs .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(PARITY) .venv-hf .venv-tunix .venv-trl runs .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -75,4 +78,10 @@ $(PARITY)/installed: pyproject.toml
 .venv-tunix/installed:
 	python3.11 -m venv .venv-tunix
 	.venv-tunix/bin/pip install --quiet --disable-pip-version-check google-tunix==0.1.7 jax==0.10.2 jaxlib==0.10.2 flax==0.12.8
+	touch $@
+
+.venv-trl/installed:
+	python3.11 -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-trl/bin/pip install --quiet --disable-pip-version-check trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 gguf==0.19.0
 	touch $@

@@ -202,7 +202,11 @@ def run_ablation(name: str, setup: Setup) -> list[Line]:
     Raises:
       Void: variants disagree, or too little of it ran undisturbed.
     """
-    ablation = ABLATIONS[name](setup.dtype)
+    return measured(name, ABLATIONS[name](setup.dtype), setup)
+
+
+def measured(name: str, ablation: Ablation, setup: Setup) -> list[Line]:
+    """`run_ablation` of one that has been made."""
     parted = check_equal(name, ablation.variants)
     contenders = [Contender(v.name, os.getpid(), v.run) for v in ablation.variants]
     times = interleaved(contenders, setup.repeats, measure=setup.measure)
@@ -221,7 +225,7 @@ def run_ablation(name: str, setup: Setup) -> list[Line]:
         made |= ({"rows_parted": rows} if variant.tokens else {}) | variant.detail()
         print(
             f"  {variant.name:14} {made['median']:12.5g} {made['unit']} ({made['min']:g} .. {made['max']:g})"
-            f"   {made['ratio']:.2f} x {baseline}, {rows} rows parted"
+            f"   {made['ratio']:.2f} x {baseline}" + (f", {rows} rows parted" if variant.tokens else "")
         )
         lines.append(made)
     return lines

@@ -11,17 +11,28 @@ from common import ROOT
 WORKERS = {
     "hf": ("transformers", ".venv-hf", "hf_sampler.py"),
     "tunix": ("tunix", ".venv-tunix", "tunix_sampler.py"),
+    "tunix-grpo": ("tunix", ".venv-tunix", "tunix_grpo.py"),
+    "torch": ("torch", ".venv-hf", "torch_update.py"),
+    "trl": ("trl", ".venv-trl", "trl_grpo.py"),
 }
-"""Name on the command line: (name in results, environment, script)."""
+"""(Name in results, environment, script)."""
+SAMPLERS = {"hf": "hf", "tunix": "tunix"}
+TRAINERS = {"trl": "trl", "tunix": "tunix-grpo"}
+"""Name on the command line to key of `WORKERS`."""
 
 
 class PeerError(RuntimeError):
     """A peer could not do what it was asked."""
 
 
+def _variable(peer: str) -> str:
+    """Named after the environment: BENCH_HF_PYTHON and so on."""
+    return f"BENCH_{WORKERS[peer][1].removeprefix('.venv-').upper()}_PYTHON"
+
+
 def python_of(peer: str) -> Path:
     """The interpreter that has the peer: $BENCH_HF_PYTHON and so on, or the one that `make bench-peers` made."""
-    given = os.environ.get(f"BENCH_{peer.upper()}_PYTHON")
+    given = os.environ.get(_variable(peer))
     return Path(given) if given else ROOT / WORKERS[peer][1] / "bin" / "python"
 
 
@@ -37,7 +48,7 @@ class Worker:
         if not is_installed(peer):
             raise PeerError(
                 f"{peer} needs the interpreter {python_of(peer)}, which is not there; run `make bench-peers`, or name "
-                f"one that has it in BENCH_{peer.upper()}_PYTHON"
+                f"one that has it in {_variable(peer)}"
             )
         self.name = WORKERS[peer][0]
         # The flag that rljax sets for itself is not the peer's way of running.

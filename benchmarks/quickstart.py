@@ -8,21 +8,16 @@ and metric goes to benchmarks/results/quickstart.jsonl, and the curve of each se
 
 import argparse
 import csv
-import datetime
-import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "quickstart.jsonl"
+from common import RESULTS, ROOT, Line, append, describe_cpu, line, run_fields, versions
+
 CONFIG = "configs/quickstart.yaml"
 
 
@@ -43,62 +38,34 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     return {"sft_seconds": warm, "train_seconds": grpo, "curve": curve}
 
 
-def lines_of(seed: int, result: dict[str, Any], peak_gib: float) -> list[dict[str, Any]]:
-    """Benchmark lines (format: benchmarks/README.md)."""
-    packages = ("rljax", "jax", "jaxlib", "flax", "optax")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    common = {
-        "bench": "quickstart",
-        "device": f"{os.cpu_count()} x {platform.processor() or platform.machine()} CPU",
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
-    }
+def lines_of(fields: Line, seed: int, result: dict[str, Any], peak_gib: float) -> list[Line]:
+    """Lines of one seed: pass@1 before and after and their difference, seconds, memory."""
     first, last = result["curve"][0][1], result["curve"][-1][1]
-    values = (
-        ("pass@1 change", "fraction", last - first),
-        ("pass@1 before", "fraction", first),
-        ("pass@1 after", "fraction", last),
-        ("warm start", "seconds", result["sft_seconds"]),
-        ("training", "seconds", result["train_seconds"]),
-        ("peak memory", "GiB", peak_gib),
-    )
-    lines = []
-    for metric, unit, value in values:
-        case: dict[str, Any] = {"model": "tiny", "batch": 256, "lengths": "realistic", "seed": seed}
-        if metric == "pass@1 change":
-            case["curve"] = result["curve"]
-        value = round(value, 4)
-        lines.append(
-            {
-                **common,
-                "case": case,
-                "metric": metric,
-                "unit": unit,
-                "median": value,
-                "min": value,
-                "max": value,
-                "n": 1,
-            }
-        )
-    return lines
+    case = {"model": "tiny", "batch": 256, "lengths": "realistic", "seed": seed}
+    return [
+        line(fields, case | {"curve": result["curve"]}, "pass@1 change", "fraction", [last - first]),
+        line(fields, case, "pass@1 before", "fraction", [first]),
+        line(fields, case, "pass@1 after", "fraction", [last]),
+        line(fields, case, "warm start", "seconds", [result["sft_seconds"]]),
+        line(fields, case, "training", "seconds", [result["train_seconds"]]),
+        line(fields, case, "peak memory", "GiB", [peak_gib]),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for seed in parser.parse_args().seeds:
+    seeds = parser.parse_args().seeds
+    fields = run_fields("quickstart", describe_cpu(), versions(("rljax", "jax", "jaxlib", "flax", "optax")))
+    for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             result = run_seed(seed, Path(folder))
         # The largest of the commands so far and their workers.
         peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as out:
-            for line in lines_of(seed, result, peak_gib):
-                out.write(json.dumps(line) + "\n")
-                print(line["case"]["seed"], line["metric"], line["median"], line["unit"])
+        lines = lines_of(fields, seed, result, peak_gib)
+        append(RESULTS / "quickstart.jsonl", lines)
+        for made in lines:
+            print(seed, made["metric"], made["median"], made["unit"])
 
 
 if __name__ == "__main__":

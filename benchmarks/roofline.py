@@ -167,3 +167,54 @@ def floor_seconds(
     """The least seconds a rollout can take at these ceilings: each prompt is run once, then `decode_floor_seconds`."""
     steps = decode_floor_seconds(arch, prompt_lengths, lengths, ceilings, dtype)
     return prefill_seconds(arch, prompt_lengths, ceilings, dtype) + steps
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+OPTIMIZER_BYTES_PER_PARAM = 28
+"""Of AdamW in float32: parameter and both moments read and written, the gradient read."""
+SYNC_BYTES_PER_PARAM = 8
+"""Read from the learner's layout and written in the sampler's, float32."""
+
+
+def learning_counts(prompt_lengths: np.ndarray, lengths: np.ndarray) -> tuple[int, int, int]:
+    """(tokens, keys attended, tokens with logits) of a pass over the completions, each prompt once.
+
+    Args:
+      prompt_lengths: [P].
+      lengths: [P * G] grouped by prompt.
+    """
+    prompts = np.asarray(prompt_lengths, np.int64)
+    drawn = np.asarray(lengths, np.int64).reshape(len(prompts), -1)
+    context = (
+        costs.causal_context_sum(prompts) + costs.causal_context_sum(drawn) + int((drawn * prompts[:, None]).sum())
+    )
+    return int(prompts.sum() + drawn.sum()), context, int(drawn.sum())
+
+
+def learning_flops(arch: Architecture, prompt_lengths: np.ndarray, lengths: np.ndarray) -> int:
+    """Model FLOPs of the reference's log-probs and of an update's forward and backward, each prompt once."""
+    counts = learning_counts(prompt_lengths, lengths)
+    return costs.forward_flops(arch, *counts) + costs.update_flops(arch, *counts)
+
+
+def iteration_flops(arch: Architecture, prompt_lengths: np.ndarray, lengths: np.ndarray) -> int:
+    """Model FLOPs of a whole GRPO iteration: rollouts and `learning_flops`."""
+    return costs.generation_flops(arch, prompt_lengths, lengths) + learning_flops(arch, prompt_lengths, lengths)
+
+
+def update_floor_seconds(
+    arch: Architecture, prompt_lengths: np.ndarray, lengths: np.ndarray, ceilings: Ceilings
+) -> float:
+    """The least seconds of an update with its reference pass: `learning_flops` and the optimizer's bytes."""
+    moved = OPTIMIZER_BYTES_PER_PARAM * costs.num_params(arch)
+    return learning_flops(arch, prompt_lengths, lengths) / ceilings.matmul_flops + moved / ceilings.copy_bytes
+
+
+def iteration_floor_seconds(
+    arch: Architecture, prompt_lengths: np.ndarray, lengths: np.ndarray, ceilings: Ceilings
+) -> float:
+    """The least seconds of a whole GRPO iteration in float32: rollout, update, and the bytes of the weight sync."""
+    sync = SYNC_BYTES_PER_PARAM * costs.num_params(arch) / ceilings.copy_bytes
+    rollout = floor_seconds(arch, prompt_lengths, lengths, ceilings, "float32")
+    return rollout + update_floor_seconds(arch, prompt_lengths, lengths, ceilings) + sync

@@ -25,7 +25,7 @@ from ablations import run_ablations
 from common import RESULTS, Contender, Line, append, compared, describe_cpu, interleaved, line, run_fields, versions
 from contenders import Peer, Rljax, Setup, Void, load_sampler
 from models import gate_arch, model_folder
-from peer import WORKERS, Worker
+from peer import SAMPLERS, Worker
 from roofline import Ceilings, decode_rates, floor_seconds, measure_ceilings
 from workloads import ARCHS, DEFAULT_ROWS, ROWS, Workload
 
@@ -104,7 +104,7 @@ def run_row(name: str, ours: Rljax, peers: list[Peer], ceilings: Ceilings, setup
             print(f"  {name}: no undisturbed repeat of {peer.worker.name}, not compared", flush=True)
             continue
         lines += _peer_lines(case, ours, peer, rates["rljax"], mine, setup)
-    _print_row(name, lines)
+    print_row(name, lines)
     return lines
 
 
@@ -148,7 +148,8 @@ def _peer_lines(
     ]
 
 
-def _print_row(name: str, lines: list[Line]) -> None:
+def print_row(name: str, lines: list[Line]) -> None:
+    """The lines of one row, for people."""
     print(f"{name}:", flush=True)
     for made in lines:
         versus = f"   {made['ratio']:.2f} x {made['peer']} {made['peer_variant']}" if "peer" in made else ""
@@ -159,12 +160,12 @@ def _print_row(name: str, lines: list[Line]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def chosen(patterns: list[str]) -> dict[str, Workload]:
+def chosen(patterns: list[str], rows: dict[str, Workload] = ROWS) -> dict[str, Workload]:
     """Rows by name or pattern, in the table's order."""
-    names = [name for name in ROWS if any(fnmatch(name, pattern) for pattern in patterns)]
+    names = [name for name in rows if any(fnmatch(name, pattern) for pattern in patterns)]
     if not names:
-        raise SystemExit(f"--cases {' '.join(patterns)}: no such row; there are {', '.join(ROWS)}")
-    return {name: ROWS[name] for name in names}
+        raise SystemExit(f"--cases {' '.join(patterns)}: no such row; there are {', '.join(rows)}")
+    return {name: rows[name] for name in names}
 
 
 @contextlib.contextmanager
@@ -205,7 +206,7 @@ def run_model(model: str, rows: dict[str, Workload], workers: list[Worker], setu
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(DEFAULT_ROWS), help="rows by name or pattern")
-    parser.add_argument("--peer", action="append", default=[], choices=sorted(WORKERS), help="repeat for several")
+    parser.add_argument("--peer", action="append", default=[], choices=sorted(SAMPLERS), help="repeat for several")
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=sorted(costs.BYTES))
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for a quiet machine")

@@ -23,7 +23,7 @@ from rljax import costs
 from rljax.config import Architecture
 from rljax.sampling.engine import EngineOptions, bucket
 from rljax.sampling.loop import DecodeLoop, HostDrawn, Outputs, Plan
-from rljax.sampling.schedule import FREE, Shape, Stats
+from rljax.sampling.schedule import FREE, LanePrompts, Shape, Stats
 
 H200 = Ceilings(matmul_flops=788e12, read_bytes=4.3e12, copy_bytes=4.3e12)
 """Measured: a bf16 matrix product of 8192, and a copy."""
@@ -75,19 +75,19 @@ class CountingDevice:
         self._drawn = np.array([], np.int64)
         self.prefill_seconds = self.step_seconds = self.reshape_seconds = 0.0
 
-    def start(self, shape: Shape, lane_prompt: np.ndarray, row_sample: np.ndarray) -> HostDrawn:
+    def start(self, shape: Shape, prompts: LanePrompts, row_sample: np.ndarray) -> HostDrawn:
         assert len(row_sample) == shape.rows
         self._sample, self._drawn = row_sample.copy(), (row_sample != FREE).astype(np.int64)
-        self._run_prompts(len(lane_prompt))
+        self._run_prompts(len(prompts.prompts))
         return self._tell(1, self._sample, self._drawn)
 
-    def admit(self, shape: Shape, lane: np.ndarray, lane_prompt: np.ndarray, row_sample: np.ndarray) -> HostDrawn:
+    def admit(self, shape: Shape, lane: np.ndarray, prompts: LanePrompts, row_sample: np.ndarray) -> HostDrawn:
         drawn = (row_sample != FREE).astype(np.int64)
         for place, samples in zip(lane, row_sample.reshape(len(lane), -1), strict=True):
             if place < shape.lanes:
                 rows = slice(place * shape.width, (place + 1) * shape.width)
                 self._sample[rows], self._drawn[rows] = samples, samples != FREE
-        self._run_prompts(len(lane_prompt))
+        self._run_prompts(len(prompts.prompts))
         return self._tell(1, row_sample, drawn)
 
     def decode(self, shape: Shape) -> HostDrawn:
@@ -123,9 +123,9 @@ class CountingDevice:
     def read(self, drawn: Any) -> HostDrawn:
         return drawn
 
-    def _run_prompts(self, lanes: int) -> None:
-        """Lanes without a prompt are computed all the same."""
-        lengths = np.full(lanes, self._plan.prompt_slots)
+    def _run_prompts(self, count: int) -> None:
+        """Those of nobody are computed all the same."""
+        lengths = np.full(count, self._plan.prompt_slots)
         self.prefill_seconds += prefill_seconds(self._arch, lengths, self._ceilings, self._dtype)
 
     def _tell(self, steps: int, samples: np.ndarray, drawn: np.ndarray) -> HostDrawn:

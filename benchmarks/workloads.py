@@ -118,3 +118,14 @@ DEFAULT_ROWS = (
     "tiny-b8", "tiny-b32", "tiny-b64", "tiny-b256", "tiny-realistic",
     "135m-b8", "135m-b32", "135m-b64", "135m-realistic",
 )  # fmt: skip
+
+TRAINING_ROWS: dict[str, Workload] = {
+    "tiny-fixed": Workload("tiny", prompts=8),
+    "tiny-realistic": REALISTIC,
+    "135m": Workload("135m", prompts=4, group=4, cap=64),
+    "rehearsal": Workload("tiny", prompts=2, group=4, prompt=32, cap=48),
+    "rehearsal-realistic": Workload("tiny", prompts=8, group=4, prompt=32, cap=96, sigma=0.8),
+}
+"""Of step.py."""
+
+DEFAULT_TRAINING_ROWS = ("tiny-fixed", "tiny-realistic", "135m")

@@ -291,15 +291,18 @@ _MAY_CHANGE = (
     *("sampling.chunk_tokens", "sampling.cache_growth", "sampling.compact", "sampling.refill", "sampling.max_rows"),
     "reward.workers",
 )
-"""Fields, or whole sections, that a continued run may give anew."""
+"""Fields, or whole sections, that a continued run may give anew; `config_differences` has the one exception."""
 
 
 def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """`data.seed: 0 -> 1` for each field that changes what is computed; both are nested dicts of a RunConfig."""
     old, new = _dotted(saved), _dotted(current)
+    fixed = set()
+    if new.get("algorithm.aggregation") == "micro_batch_token_mean":  # how updates are split is part of this loss
+        fixed.add("algorithm.microbatch_tokens")
     lines = []
     for name in [*new, *(name for name in old if name not in new)]:
-        if any(name == free or name.startswith(f"{free}.") for free in _MAY_CHANGE):
+        if name not in fixed and any(name == free or name.startswith(f"{free}.") for free in _MAY_CHANGE):
             continue
         before, after = (side.get(name, "absent") for side in (old, new))
         if before != after:

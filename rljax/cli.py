@@ -15,7 +15,7 @@ USAGE_ERROR = 64
 
 def _train(argv: list[str]) -> None:
     """GRPO: trains, or resumes the run folder if it holds a checkpoint   CONFIG.yaml ... [--a.b value]"""
-    from rljax.config import parse_config
+    from rljax.config_file import parse_config
 
     config = parse_config(argv, prog="rljax train")
     _log_to_stdout()
@@ -28,7 +28,7 @@ def _train(argv: list[str]) -> None:
 
 def _sft(argv: list[str]) -> None:
     """Supervised warm start: writes a Hugging Face folder   CONFIG.yaml ... [--a.b value]"""
-    from rljax.config import parse_config
+    from rljax.config_file import parse_config
 
     config = parse_config(argv, prog="rljax sft")
     output = Path(config.sft.output or Path(config.run_dir) / "sft")
@@ -42,7 +42,7 @@ def _sft(argv: list[str]) -> None:
 
 def _sample(argv: list[str]) -> None:
     """Completions of prompts given or in a file, as JSON lines   CONFIG.yaml ... [--sample.prompts TEXT ...]"""
-    from rljax.config import parse_config
+    from rljax.config_file import parse_config
 
     config = parse_config(argv, prog="rljax sample")
     from rljax.sample import sample
@@ -51,22 +51,25 @@ def _sample(argv: list[str]) -> None:
 
 
 def _convert(argv: list[str]) -> None:
-    """GGUF file, `demo:smollm2` or run folder to a Hugging Face folder   SOURCE DESTINATION"""
-    if len(argv) != 2 or argv[0].startswith("-"):
-        print("usage: rljax convert SOURCE DESTINATION\n\n" + (_convert.__doc__ or ""))
+    """GGUF file, `demo:smollm2` or run folder to a Hugging Face folder   SOURCE DESTINATION [--adapter]"""
+    adapter = "--adapter" in argv
+    places = [argument for argument in argv if argument != "--adapter"]
+    if len(places) != 2 or places[0].startswith("-"):
+        print("usage: rljax convert SOURCE DESTINATION [--adapter]\n\n" + (_convert.__doc__ or ""))
         print(
             "\nSOURCE       a .gguf file; demo:smollm2 (SmolLM2-135M-Instruct, extra `demo`); or a run folder with "
-            "checkpoints\nDESTINATION  a folder that does not exist yet"
+            "checkpoints\nDESTINATION  a folder that does not exist yet\n--adapter    of a run with LoRA: only its "
+            "adapter, as a PEFT folder; without it, the model with the adapter merged"
         )
         if argv not in (["--help"], ["-h"]):
             raise ConfigError(
-                f"rljax convert was given {len(argv)} argument(s) and takes 2; give SOURCE and DESTINATION"
+                f"rljax convert was given {len(places)} argument(s) and takes 2; give SOURCE and DESTINATION"
             )
         return
     _log_to_stdout()
     from rljax.export import convert
 
-    convert(*argv)
+    convert(*places, adapter=adapter)
 
 
 def _report(argv: list[str]) -> None:

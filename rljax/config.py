@@ -1,6 +1,5 @@
 """Every knob of a run, and the shapes of the models: frozen dataclasses that import no JAX.
 
-Resolution order: dataclass defaults, then each YAML file left to right, then `--a.b value` flags; the last wins.
 The defaults are the recipe of arXiv 2509.25300 as its code ran it (`scripts/train/*.sh` of the paper's repository).
 Checks never change a value: a contradiction is a `ConfigError` that says what was given, what is required, what to do.
 """
@@ -8,9 +7,7 @@ Checks never change a value: a contradiction is a `ConfigError` that says what w
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -207,7 +204,10 @@ class AlgorithmConfig:
     advantage_clip: float = 0.0
     """Largest |advantage|; 0: off."""
     zero_variance_groups: Literal["keep", "drop"] = "keep"
-    """Groups whose rewards are all equal. keep: they count in the loss's divisor, as in the paper's code. drop: not."""
+    """Groups whose advantages are all 0. keep: they count in the loss's divisor, as in the paper's code. drop: not."""
+    dynamic_sampling_rounds: int = 0
+    """Further rounds of prompts_per_step prompts that a step may sample while fewer groups than that have rewards that
+    differ (DAPO); the first such groups are trained on. Prompts run out sooner, and the run ends with them. 0: off."""
     overlong: Literal["keep", "mask"] = "keep"
     """Completions cut at the cap. mask: they have no part in the loss nor its divisor (DAPO's overlong filtering)."""
     loss: Literal["clip", "cispo", "gspo", "dppo_mask"] = "clip"
@@ -236,6 +236,12 @@ class AlgorithmConfig:
     """reward: kl_coefficient times a completion's summed KL is taken off its reward before advantages are computed."""
     kl_estimator: Literal["k1", "abs", "k2", "k3", "k1+", "k3+"] = "k3"
     """+: the value of the one named, the gradient of k2."""
+    reference_update: Literal["fixed", "ema", "periodic"] = "fixed"
+    """fixed: the starting model. ema: a running mean of the policy. periodic: a copy of it, renewed now and then."""
+    reference_ema_decay: float = 0.0
+    """ema: after each step, reference = decay x reference + (1 - decay) x policy, kept in float32."""
+    reference_every_steps: int = 0
+    """periodic: steps after which the policy becomes the reference."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy of the tempered distribution, which is rewarded."""
     old_logprobs: Literal["recompute", "behaviour", "current"] = "recompute"
@@ -277,6 +283,26 @@ class OptimizerConfig:
     """Share of `learning_rate` at which linear and cosine end."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the moments between updates. bfloat16: 4 bytes less per parameter (Muon's matrices 2), rounded at random."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685): W stays as it is, and scale (x A) B is learnt beside x W."""
+
+    rank: int = 0
+    """r, of A [in, r] and B [r, out]; 0: all parameters are trained."""
+    alpha: float = 0.0
+    """scale = alpha / rank; 0: twice the rank."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Matrices of every layer that get an adapter."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of A B."""
+        return (self.alpha or 2 * self.rank) / max(self.rank, 1)
+
+
+LORA_TARGETS = LoraConfig().targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +383,8 @@ class LoggingConfig:
     tensorboard: bool = False
     wandb: str = ""
     """Project name; empty: off. Needs the `wandb` extra."""
+    aliases: Literal["none", "verl", "trl"] = "none"
+    """Write metrics under the names of that library as well (`ALIASES` in `rljax/metrics.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,6 +404,7 @@ class RunConfig:
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     sft: SftConfig = SftConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sample: SampleConfig = SampleConfig()
@@ -385,7 +414,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_ranges(self)
         _check_algorithm(self)
+        _check_reference(self)
         _check_optimizer(self)
+        _check_lora(self)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -417,6 +448,7 @@ _AT_LEAST_ZERO = (
     "sampling.temperature",
     "reward.overlong_buffer_tokens",
     "reward.overlong_penalty",
+    "algorithm.dynamic_sampling_rounds",
     "algorithm.advantage_eps",
     "algorithm.clip_low",
     "algorithm.clip_high",
@@ -425,6 +457,8 @@ _AT_LEAST_ZERO = (
     "algorithm.dppo_mask",
     "algorithm.dppo_penalty",
     "algorithm.kl_coefficient",
+    "algorithm.reference_ema_decay",
+    "algorithm.reference_every_steps",
     "algorithm.entropy_coefficient",
     "algorithm.correction_low",
     "algorithm.correction_high",
@@ -434,6 +468,8 @@ _AT_LEAST_ZERO = (
     "optimizer.max_grad_norm",
     "optimizer.warmup_updates",
     "optimizer.decay_updates",
+    "lora.rank",
+    "lora.alpha",
     "sft.steps",
     "sft.learning_rate",
     "sft.weight_decay",
@@ -450,7 +486,8 @@ _AT_LEAST_ZERO = (
 )
 
 
-def _field(config: Any, dotted: str) -> Any:
+def field_value(config: Any, dotted: str) -> Any:
+    """The value at `dotted`, `"algorithm.group_size"`, of a `RunConfig`."""
     for name in dotted.split("."):
         config = getattr(config, name)
     return config
@@ -459,16 +496,16 @@ def _field(config: Any, dotted: str) -> Any:
 def _check_ranges(config: RunConfig) -> None:
     for bound, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
-            value = _field(config, name)
+            value = field_value(config, name)
             if not bound <= value < math.inf:  # also refuses NaN
                 raise ConfigError(
                     f"{name} = {value} must be at least {bound} and finite; change it in the YAML or with --{name}"
                 )
     for name in ("optimizer.b1", "optimizer.b2"):
-        if not 0 <= _field(config, name) < 1:
+        if not 0 <= field_value(config, name) < 1:
             raise ConfigError(
-                f"{name} = {_field(config, name)} must be at least 0 and below 1, the share of the past that a running "
-                f"mean keeps; change it in the YAML or with --{name}"
+                f"{name} = {field_value(config, name)} must be at least 0 and below 1, the share of the past that a "
+                f"running mean keeps; change it in the YAML or with --{name}"
             )
     if not 0 < config.sample.top_p <= 1 or not 0 <= config.sample.min_p <= 1:
         raise ConfigError(
@@ -494,6 +531,11 @@ def _check_algorithm(config: RunConfig) -> None:
             f"algorithm.group_size = 1: algorithm.advantage = {algorithm.advantage!r} compares a completion with "
             "others of its prompt ('grpo' by a standard deviation, which a single reward has not); use a group of at "
             "least 2"
+        )
+    if algorithm.group_size == 1 and algorithm.dynamic_sampling_rounds:
+        raise ConfigError(
+            f"algorithm.dynamic_sampling_rounds = {algorithm.dynamic_sampling_rounds} looks for groups whose rewards "
+            "differ, and algorithm.group_size = 1 has none; set the rounds to 0, or use a group of at least 2"
         )
     if algorithm.old_logprobs == "current" and algorithm.updates_per_step > 1:
         raise ConfigError(
@@ -532,6 +574,26 @@ def _check_algorithm(config: RunConfig) -> None:
         )
 
 
+def _check_reference(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    update, decay, every = algorithm.reference_update, algorithm.reference_ema_decay, algorithm.reference_every_steps
+    if update != "fixed" and algorithm.kl_coefficient == 0:
+        raise ConfigError(
+            f"algorithm.reference_update = {update!r} moves a reference model, and algorithm.kl_coefficient = 0 keeps "
+            "none; set a coefficient above 0, or the update to 'fixed'"
+        )
+    if (update == "ema") != (decay > 0) or decay >= 1:
+        raise ConfigError(
+            f"algorithm.reference_ema_decay = {decay} with algorithm.reference_update = {update!r}: it must be above 0 "
+            "and below 1 with 'ema', the share of the reference that stays after a step, and 0 without"
+        )
+    if (update == "periodic") != (every > 0):
+        raise ConfigError(
+            f"algorithm.reference_every_steps = {every} with algorithm.reference_update = {update!r}: it must be at "
+            "least 1 with 'periodic' and 0 without"
+        )
+
+
 def _check_optimizer(config: RunConfig) -> None:
     optimizer = config.optimizer
     final, end, warmup = optimizer.final_learning_rate_fraction, optimizer.decay_updates, optimizer.warmup_updates
@@ -553,178 +615,31 @@ def _check_optimizer(config: RunConfig) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- parse
-
-
-def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig:
-    """Config from `[FILE.yaml ...] [--a.b value ...]`; flags win wherever they stand.
-
-    Raises:
-      ConfigError: a file is missing or holds no YAML mapping; a name is no setting; a value is not of its kind.
-      SystemExit: after `--help`.
-    """
-    if "--help" in argv or "-h" in argv:
-        import tyro  # 0.1 s
-
-        off = tyro.conf.FlagConversionOff
-        tyro.cli(RunConfig, args=["--help"], prog=prog, config=(off,), use_underscores=True)
-    files, flags = _split_arguments(argv)
-    given: dict[str, Any] = {}
-    for file in files:
-        given |= {name: _read(name, value, where=f" in {file}") for name, value in _flatten(read_yaml(file)).items()}
-    for name, texts in flags:
-        single = name in _KINDS and get_origin(_KINDS[name]) is not tuple
-        if single and len(texts) != 1:
+def _check_lora(config: RunConfig) -> None:
+    lora, known = config.lora, ", ".join(LORA_TARGETS)
+    for name in lora.targets:
+        if name not in LORA_TARGETS:
+            plain = name.removesuffix("_proj")
+            nearest = [plain] if plain in LORA_TARGETS else difflib.get_close_matches(plain, LORA_TARGETS, n=1)
+            hint = f"perhaps you meant {nearest[0]}; " if nearest else ""
             raise ConfigError(
-                f"--{name} was given {len(texts)} values{': ' * bool(texts)}{', '.join(texts)}; it takes one, write "
-                f"--{name} VALUE, or --{name}=TEXT where the text begins with dashes"
+                f"lora.targets holds {name!r}, which is no matrix of a layer; {hint}choose from {known} (the default: "
+                "all of them)"
             )
-        given[name] = _read(name, texts[0] if single else texts, prefix="--")
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in given.items():
-        section, _, field = name.rpartition(".")
-        sections.setdefault(section, {})[field] = value
-    top, default = sections.pop("", {}), RunConfig()
-    changed = {name: dataclasses.replace(getattr(default, name), **fields) for name, fields in sections.items()}
-    return dataclasses.replace(default, **top, **changed)
-
-
-def _split_arguments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """(YAML files, [(name, values)]): `--a 1 2` is ("a", ["1", "2"]); after `--a=` any text is a value."""
-    files: list[str] = []
-    flags: list[tuple[str, list[str]]] = []
-    for argument in argv:
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            flags.append((name, [value] if equals else []))
-        elif argument.endswith((".yaml", ".yml")):
-            files.append(argument)
-        elif flags:
-            flags[-1][1].append(argument)
-        else:
-            raise ConfigError(
-                f"{argument!r} is neither a YAML file nor a flag; give CONFIG.yaml files and --section.field VALUE"
-            )
-    return files, flags
-
-
-def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """{"algorithm": {"group_size": 8}} -> {"algorithm.group_size": 8}; a mapping where a value belongs stays one."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        descend = isinstance(value, dict) and name not in _KINDS and (value or name in _SECTIONS)
-        flat |= _flatten(value, f"{name}.") if descend else {name: value}
-    return flat
-
-
-def _read(name: str, value: Any, *, prefix: str = "", where: str = "") -> Any:
-    """`value`, as YAML or a flag gives it, as the kind of setting `name`; `prefix` and `where` are for the message."""
-    if value is None and (name in _KINDS or name in _SECTIONS):
+    if lora.rank == 0:
+        return
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         raise ConfigError(
-            f"{name} = null{where}, and every field has a value; give one ('' is empty text), or remove the line to "
-            "keep the default"
+            f"lora.targets = {list(lora.targets)} with lora.rank = {lora.rank} must name at least one matrix, and none "
+            f"twice; choose from {known}, or set lora.rank to 0 to train all parameters"
         )
-    if name in _SECTIONS:
-        field = next(known for known in _KINDS if known.startswith(f"{name}."))
-        raise ConfigError(f"{prefix}{name}{where} is a section, not a value; give its fields, such as {prefix}{field}")
-    if name not in _KINDS:
-        nearest = " or ".join(f"{prefix}{known}" for known in _nearest(name))
-        hint = f"perhaps you meant {nearest}; " if nearest else ""
-        raise ConfigError(f"{prefix}{name}{where} is not a setting; {hint}`rljax train --help` lists them")
-    kind = _KINDS[name]
-    try:
-        return _convert(value, kind)
-    except (ValueError, OverflowError):
-        required = _REQUIRED.get(kind) or f"one of {', '.join(get_args(kind))}"
+    if config.optimizer.name == "muon":
         raise ConfigError(
-            f"{prefix}{name} = {value!r}{where} must be {required}; give that, or leave it out for the default, "
-            f"{_field(RunConfig(), name)!r}"
-        ) from None
-
-
-def _nearest(name: str) -> list[str]:
-    """Settings that `name` may be a slip of: what is spelt like it in its section, else in any."""
-    section, _, field = name.rpartition(".")
-    for known in ([k for k in _KINDS if k.rpartition(".")[0] == section], list(_KINDS)):
-        near = difflib.get_close_matches(field, [k.rpartition(".")[2] for k in known], n=1)
-        if near:
-            return [k for k in known if k.rpartition(".")[2] == near[0]]
-    return []
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """`value`, from YAML or as text, as `kind`; `ValueError` or `OverflowError` when it is something else.
-
-    Text may be a number, for YAML 1.1 reads 1e-3 as text; nothing else becomes text, for 0012 is 10 by now.
-    """
-    origin = get_origin(kind)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(item, get_args(kind)[0]) for item in value)
-    if origin is Literal and value in get_args(kind):
-        return value
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind in (int, float, str) and isinstance(value, str):
-        return kind(value)
-    if kind in (int, float) and type(value) in (int, kind):
-        return kind(value)
-    raise ValueError
-
-
-_REQUIRED = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text in quotes",
-    tuple[int, ...]: "a list of whole numbers, [1, 2] in YAML and 1 2 after a flag",
-    tuple[str, ...]: "a list of texts, ['a', 'b'] in YAML and a b after a flag",
-}
-
-
-def _kinds(section: Any, prefix: str = "") -> dict[str, Any]:
-    """{"algorithm.group_size": int} for every field of a section and of those inside it."""
-    kinds: dict[str, Any] = {}
-    for field in dataclasses.fields(section):
-        name = f"{prefix}{field.name}"
-        kinds |= _kinds(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field.type}
-    return kinds
-
-
-_KINDS = _kinds(RunConfig)
-_SECTIONS = {name.rpartition(".")[0] for name in _KINDS} - {""}
-
-
-def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; `ConfigError` when there is no such file or it is something else."""
-    import yaml
-
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(
-            f"config file {file} does not exist; give the path of a YAML file such as configs/quickstart.yaml"
+            f"optimizer.name = 'muon' orthogonalises the updates of whole matrices, and lora.rank = {lora.rank} trains "
+            "factors of them; set optimizer.name to 'adamw', or lora.rank to 0"
         )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
+    if config.algorithm.reference_update != "fixed":
         raise ConfigError(
-            f"config file {file} is not YAML ({' '.join(str(error).split())}); fix the line or the bytes it names"
-        ) from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"config file {file} holds a {type(tree).__name__}; it must be a mapping: write `section:` and its "
-            "`field: value` lines below"
+            f"algorithm.reference_update = {config.algorithm.reference_update!r} moves the reference, and with "
+            f"lora.rank = {lora.rank} that is the frozen model itself; set it to 'fixed', or lora.rank to 0"
         )
-    return tree
-
-
-def dump_config(config: RunConfig) -> str:
-    """YAML that `parse_config` reads back to an equal config."""
-    import yaml
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return list(value) if isinstance(value, tuple) else value
-
-    return yaml.safe_dump(plain(config), sort_keys=False)

@@ -60,6 +60,19 @@ def causal_context_sum(lengths: Sequence[int] | np.ndarray) -> int:
     return int(np.sum(lengths * (lengths + 1) // 2))
 
 
+def group_tokens(prompt_lengths: np.ndarray, completion_lengths: np.ndarray) -> tuple[int, int, int]:
+    """(tokens, context_sum, logit_tokens) of groups of completions that share one copy of their prompt.
+
+    Args:
+      prompt_lengths: [P].
+      completion_lengths: [P, G]; a completion of length 0 is not there, nor is the prompt of a group of such.
+    """
+    lengths = np.asarray(completion_lengths, np.int64)
+    prompts = np.asarray(prompt_lengths, np.int64) * lengths.any(axis=1)
+    context = causal_context_sum(prompts) + int(np.sum(lengths * prompts[:, None])) + causal_context_sum(lengths)
+    return int(prompts.sum() + lengths.sum()), context, int(lengths.sum())
+
+
 def forward_flops(arch: Architecture, tokens: int, context_sum: int, logit_tokens: int) -> int:
     """2 matmul_params tokens + 4 L N H context_sum + 2 D V logit_tokens.
 
@@ -110,6 +123,35 @@ def paper_flops(scaling_params: float, tokens: float) -> float:
         counted.
     """
     return 6.0 * scaling_params * tokens
+
+
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+"""bfloat16 FLOP/s without sparsity of one JAX device, by its `device_kind`: the makers' data sheets."""
+
+
+def flops_utilisation(flops: float, seconds: float, device_kind: str, num_devices: int, dtype: str) -> float | None:
+    """MFU: model FLOPs (`update_flops` without recomputation) over what the devices could have done in that time.
+
+    None where the peak is not known: another device, or an arithmetic other than bfloat16.
+    """
+    peak = PEAK_FLOPS.get(device_kind)
+    if peak is None or dtype != "bfloat16":
+        return None
+    return flops / (seconds * num_devices * peak)
 
 
 # -------------------------------------------------------------------------------------------------------------- bytes

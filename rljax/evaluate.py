@@ -1,6 +1,7 @@
 """Held-out measurement with the training sampler and the training rewards: test_loss = 1 - pass@1."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from rljax.rewards.dispatch import verifier_for
 from rljax.rewards.pool import RewardHandle, RewardItem, RewardPool, Verdict, summarise
 from rljax.sampling.engine import Sampler
 from rljax.tokenizer import Tokenizer
-from rljax.types import LENGTH, Prompts, Rollouts
+from rljax.types import LENGTH, Prompts, Rollouts, join_rollouts
 
 STOP_REASONS = {0: "stop", LENGTH: "length"}
 
@@ -26,6 +27,16 @@ class Scored:
     rewards: np.ndarray  # [P, G] float32
     texts: list[str]  # row by row, as the verdicts
     verdicts: list[Verdict]
+
+
+def join_scored(parts: Sequence[Scored]) -> Scored:
+    """Those of `parts`, one after the other."""
+    return Scored(
+        join_rollouts([part.rollouts for part in parts]),
+        np.concatenate([part.rewards for part in parts]),
+        [text for part in parts for text in part.texts],
+        [verdict for part in parts for verdict in part.verdicts],
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -110,21 +111,6 @@ def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]
     return merged
 
 
-def merge_stacked(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """One metric from each whose leaves are stacked on a leading axis, as a `scan` returns them."""
-
-    def reduce(metric: Metric) -> Metric:
-        match metric:
-            case Max(amounts):
-                return Max(jax.numpy.max(amounts, axis=0))
-            case Min(amounts):
-                return Min(jax.numpy.min(amounts, axis=0))
-            case _:
-                return jax.tree.map(lambda leaf: jax.numpy.sum(leaf, axis=0), metric)
-
-    return {name: reduce(metric) for name, metric in metrics.items()}
-
-
 def to_floats(metrics: Mapping[str, Metric | Scalar]) -> dict[str, float]:
     """Values as Python floats, in one transfer from the device; plain numbers pass."""
     fetched = jax.device_get(dict(metrics))
@@ -155,6 +141,65 @@ class PhaseTimer:
         seconds, self._seconds = self._seconds, {}
         return seconds
 
+
+# ------------------------------------------------------------------------------------------------------ other libraries
+
+ALIASES: dict[str, dict[str, str]] = {
+    "none": {},
+    "verl": {
+        "reward/mean": "critic/score/mean",
+        "reward/min": "critic/score/min",
+        "reward/max": "critic/score/max",
+        "completion/length_tokens": "response_length/mean",
+        "completion/length_min_tokens": "response_length/min",
+        "completion/length_max_tokens": "response_length/max",
+        "completion/truncated_fraction": "response_length/clip_ratio",
+        "policy/loss": "actor/pg_loss",
+        "policy/entropy": "actor/entropy",
+        "policy/reference_kl": "actor/kl_loss",
+        "policy/old_kl": "actor/ppo_kl",
+        "policy/clip_fraction": "actor/pg_clipfrac",
+        "policy/grad_norm": "actor/grad_norm",
+        "policy/learning_rate": "actor/lr",
+        "policy/behaviour_kl": "rollout_corr/k3_kl",
+        "throughput/tokens_per_second_per_device": "perf/throughput",
+        "throughput/update_mfu": "perf/mfu/actor",
+        "memory/device_peak_gib": "perf/max_memory_allocated_gb",
+        "time/step_seconds": "perf/time_per_step",
+        "time/sample_seconds": "timing_s/gen",
+        "time/reward_seconds": "timing_s/reward",
+        "time/update_seconds": "timing_s/update_actor",
+        "time/sync_seconds": "timing_s/update_weights",
+        "time/evaluate_seconds": "timing_s/testing",
+        "time/checkpoint_seconds": "timing_s/save_checkpoint",
+    },
+    "trl": {
+        "reward/mean": "reward",
+        "reward/group_std": "reward_std",
+        "reward/zero_spread_group_fraction": "frac_reward_zero_std",
+        "completion/length_tokens": "completions/mean_length",
+        "completion/length_min_tokens": "completions/min_length",
+        "completion/length_max_tokens": "completions/max_length",
+        "completion/truncated_fraction": "completions/clipped_ratio",
+        "policy/loss": "loss",
+        "policy/entropy": "entropy",
+        "policy/reference_kl": "kl",
+        "policy/clip_fraction": "clip_ratio/region_mean",
+        "policy/clip_low_fraction": "clip_ratio/low_mean",
+        "policy/clip_high_fraction": "clip_ratio/high_mean",
+        "policy/grad_norm": "grad_norm",
+        "policy/learning_rate": "learning_rate",
+        "policy/behaviour_gap_mean": "sampling/sampling_logp_difference/mean",
+        "policy/behaviour_gap_max": "sampling/sampling_logp_difference/max",
+        "progress/sampled_tokens": "num_tokens",
+        "time/step_seconds": "step_time",
+        "eval/pass@1": "eval_reward",
+    },
+}
+"""Our name -> the one that people know from verl or TRL, by `logging.aliases`; only where it is the same quantity.
+
+What differs in detail: our clip fractions include the dual clip; `time/update_seconds` includes rescoring, which verl
+times apart as `timing_s/old_log_prob` and `timing_s/ref`; `memory/device_peak_gib` is of the busiest device."""
 
 # -------------------------------------------------------------------------------------------------------------- files
 
@@ -201,6 +246,7 @@ class MetricSink:
       run_dir: folder of the run, made if absent.
       tensorboard: also write TensorBoard events to `run_dir/tensorboard`.
       wandb_project: also log to this W&B project; empty: off.
+      aliases: second names of metrics, written beside the first in all three: a value of `ALIASES`.
       resume_step: the last step whose results are kept: what a killed run wrote beyond its checkpoint is cut off, or
         the curves would show those steps twice. None: a fresh start, everything is cut off.
     """
@@ -211,9 +257,11 @@ class MetricSink:
         *,
         tensorboard: bool = False,
         wandb_project: str = "",
+        aliases: Mapping[str, str] = MappingProxyType({}),
         resume_step: int | None = None,
     ) -> None:
         self._folder = Path(run_dir)
+        self._aliases = aliases
         self._writes = jax.process_index() == 0
         self._last_step = -1 if resume_step is None else resume_step
         self._extras: dict[str, _Extra] = {}
@@ -239,6 +287,7 @@ class MetricSink:
             return
         assert step > self._last_step, f"step {step} logged after step {self._last_step}; one object per step, in order"
         self._last_step = step
+        metrics = {**metrics, **{alias: metrics[name] for name, alias in self._aliases.items() if name in metrics}}
         row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
         self._metrics.write(json.dumps(row) + "\n")
         for name, extra in list(self._extras.items()):

@@ -8,16 +8,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rljax.config import ARCHITECTURES, Architecture, ConfigError, RunConfig, SamplingConfig
+from rljax.config import ARCHITECTURES, Architecture, ConfigError, LoraConfig, RunConfig, SamplingConfig
 from rljax.data.tasks import TASKS
 from rljax.mesh import LEARNER_RULES, make_mesh, param_shardings
 from rljax.models import hf, qwen2
+from rljax.models.lora import adapter_axes, adapter_shapes, init_adapter, merge
 from rljax.sampling.engine import EngineOptions, Sampler
 from rljax.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
 
 _TASK_PREFIX = "task:"
 _VOCAB_MULTIPLE = 32
 """Rows of a task's embedding are rounded up to this, so that small meshes divide them."""
+
+_ADAPTER_DRAWS = 3
+"""Folded into the run's key; training and evaluation have 1 and 2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +34,46 @@ class Policy:
     compute_dtype: str
     source: Path | None
     """Folder the parameters come from; None: random."""
+    lora: LoraConfig
 
     @functools.cached_property
     def shapes(self) -> qwen2.Params:
         """Tree of `ShapeDtypeStruct` with the learner's shardings."""
-        shapes = qwen2.param_shapes(self.arch)
-        shardings = param_shardings(self.mesh, shapes, qwen2.param_axes(self.arch), LEARNER_RULES)
+        return self._placed(qwen2.param_shapes(self.arch), qwen2.param_axes(self.arch))
+
+    @functools.cached_property
+    def trained_shapes(self) -> qwen2.Params:
+        """The same of what updates change: all parameters, or with LoRA the adapter."""
+        if not self.lora.rank:
+            return self.shapes
+        return self._placed(adapter_shapes(self.arch, self.lora), adapter_axes(self.arch, self.lora))
+
+    def _placed(self, shapes: qwen2.Params, axes: qwen2.Params) -> qwen2.Params:
+        shardings = param_shardings(self.mesh, shapes, axes, LEARNER_RULES)
         return jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
 
-    def load_params(self, seed: int) -> qwen2.Params:
-        """float32 parameters in the learner layout on the mesh: from `source`, or random from `seed`."""
+    def load_params(self, seed: int, dtype: str = "float32") -> qwen2.Params:
+        """Parameters in the learner layout on the mesh: from `source`, or random from `seed`."""
         shardings = jax.tree.map(lambda s: s.sharding, self.shapes)
         if self.source is not None:
-            return hf.load_params(self.source, self.arch, shardings=shardings)
-        make = jax.jit(lambda key: qwen2.init(key, self.arch), out_shardings=shardings)
-        return make(jax.random.key(seed))
+            return hf.load_params(self.source, self.arch, shardings=shardings, dtype=dtype)
+
+        def draw(key: jax.Array) -> qwen2.Params:
+            return jax.tree.map(lambda leaf: leaf.astype(dtype), qwen2.init(key, self.arch))
+
+        return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+
+    def load_base(self, seed: int) -> qwen2.Params | None:
+        """What an adapter lies beside: frozen, so held in the compute dtype. None where all parameters are trained."""
+        return self.load_params(seed, self.compute_dtype) if self.lora.rank else None
+
+    def fresh_trained(self, seed: int) -> qwen2.Params:
+        """float32 values of `trained_shapes` for a run to start from."""
+        if not self.lora.rank:
+            return self.load_params(seed)
+        shardings = jax.tree.map(lambda s: s.sharding, self.trained_shapes)
+        draw = jax.jit(lambda key: init_adapter(key, self.arch, self.lora), out_shardings=shardings)
+        return draw(jax.random.fold_in(jax.random.key(seed), _ADAPTER_DRAWS))
 
     def sampler(self, config: SamplingConfig) -> Sampler:
         """A sampler of this policy; it holds no parameters until `sync`."""
@@ -64,8 +93,8 @@ class Policy:
         )
 
     def export(self, params: qwen2.Params, folder: str | Path) -> None:
-        """Writes a Hugging Face folder that transformers opens, tokenizer included."""
-        hf.save_folder(params, self.arch, folder, tokenizer=self.tokenizer)
+        """Writes a Hugging Face folder that transformers opens, tokenizer included and adapters merged."""
+        hf.save_folder(merge(params), self.arch, folder, tokenizer=self.tokenizer)
 
 
 def open_policy(config: RunConfig) -> Policy:
@@ -94,8 +123,9 @@ def open_policy(config: RunConfig) -> Policy:
         mesh=make_mesh(config.mesh),
         compute_dtype=resolve_dtype(config.model.compute_dtype),
         source=source,
+        lora=config.lora,
     )
-    _ = policy.shapes  # a mesh that does not divide is refused now, not after the data is read
+    _ = policy.shapes, policy.trained_shapes  # a mesh that does not divide is refused now, not after the data is read
     return policy
 
 

@@ -16,13 +16,14 @@ from rljax.data.records import read_records
 from rljax.data.reuse import make_plan
 from rljax.mesh import microbatch_sharding, num_row_shards
 from rljax.metrics import WeightedMean, to_floats
+from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
 from rljax.policy import Policy, open_policy
+from rljax.rl.head import Metrics, batch_loss
 from rljax.rl.learner import fresh_state, state_shapes
-from rljax.rl.logprobs import batch_logprobs
 from rljax.rl.optimizer import apply_gradients
 from rljax.rl.packing import filled_rows, microbatches, pack, row_shape
-from rljax.rl.update import Compute, Metrics, sum_over_microbatches
+from rljax.rl.update import Compute, sum_over_microbatches
 from rljax.types import PromptRecord, TrainBatch, TrainState
 
 logger = logging.getLogger(__name__)
@@ -33,23 +34,35 @@ def sft_update(
     state: TrainState,
     batch: TrainBatch,
     num_microbatches: jax.Array,
+    base: Params | None = None,
     *,
     arch: Architecture,
     optimizer: OptimizerConfig,
     compute: Compute,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update on the weighted negative log-likelihood of the first `num_microbatches` ([] int32) of
-    `batch` ([M, b, T] leaves)."""
+    `batch` ([M, b, T] leaves). `base` is as in `grpo_update`."""
 
-    def loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
-        logprobs, _ = batch_logprobs(
-            params, arch, rows, temperature=1.0, compute_dtype=compute.dtype, remat=compute.remat
-        )
+    def loss(logprobs: jax.Array, entropies: jax.Array, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+        del entropies
         total = -jnp.sum(logprobs * rows.weights)
         return total, {"sft/loss": WeightedMean(total, jnp.sum(rows.weights))}
 
+    def whole_loss(trained: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+        return batch_loss(
+            loss,
+            attach(base, trained, compute.lora_scale),
+            arch,
+            rows,
+            by_token=True,
+            train_head=base is None,
+            temperature=1.0,
+            compute_dtype=compute.dtype,
+            remat=compute.remat,
+        )
+
     def gradient(rows: TrainBatch) -> tuple[Params, Metrics]:
-        return jax.grad(loss, has_aux=True)(state.params, rows)
+        return jax.grad(whole_loss, has_aux=True)(state.params, rows)
 
     grads, metrics = sum_over_microbatches(gradient, batch, num_microbatches)
     state, applied = apply_gradients(state, grads, optimizer)
@@ -113,9 +126,10 @@ def sft(config: RunConfig) -> Path:
     optimizer = dataclasses.replace(
         config.optimizer, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    compute = Compute(policy.compute_dtype, config.model.remat)
-    shapes = state_shapes(policy.shapes, optimizer, policy.mesh)
-    state = fresh_state(policy.load_params(config.seed), shapes, optimizer)
+    compute = Compute(policy.compute_dtype, config.model.remat, lora_scale=config.lora.scale)
+    shapes = state_shapes(policy.trained_shapes, optimizer, policy.mesh)
+    base = policy.load_base(config.seed)
+    state = fresh_state(policy.fresh_trained(config.seed), shapes, optimizer)
     longest = max(len(example.prompt) + len(example.completion) for example in examples)
     shape = row_shape(
         policy.arch,
@@ -136,7 +150,7 @@ def sft(config: RunConfig) -> Path:
         batch = jax.device_put(batch, microbatch_sharding(policy.mesh))
         with jax.set_mesh(policy.mesh):
             state, metrics = sft_update(
-                state, batch, np.int32(in_use), arch=policy.arch, optimizer=optimizer, compute=compute
+                state, batch, np.int32(in_use), base, arch=policy.arch, optimizer=optimizer, compute=compute
             )
         if step % max(1, settings.steps // 10) == 0 or step == settings.steps:
             floats = to_floats(metrics)
@@ -147,6 +161,6 @@ def sft(config: RunConfig) -> Path:
                     "every update so far had a gradient that is not finite; lower sft.learning_rate"
                 )
     folder = Path(settings.output or Path(config.run_dir) / "sft")
-    policy.export(state.params, folder)
+    policy.export(attach(base, state.params, compute.lora_scale), folder)
     logger.info("wrote %s", folder)
     return folder

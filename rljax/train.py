@@ -17,22 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.checkpoint import CheckpointStore, require_same_config
-from rljax.config import ARCHITECTURES, ConfigError, RunConfig, dump_config
-from rljax.costs import paper_flops, scaling_params
+from rljax.config import ARCHITECTURES, ConfigError, RunConfig
+from rljax.config_file import dump_config
+from rljax.costs import flops_utilisation, paper_flops, scaling_params
 from rljax.data.pipeline import PromptPipeline, open_pipeline
 from rljax.data.records import read_records
 from rljax.data.reuse import steps_for
-from rljax.evaluate import Evaluation, EvaluationResult, rollout_rows, sample
+from rljax.evaluate import Evaluation, EvaluationResult, Scored, join_scored, rollout_rows, sample
 from rljax.mesh import num_row_shards
-from rljax.metrics import CurveRow, Metric, MetricSink, PhaseTimer, Progress, to_floats
+from rljax.metrics import ALIASES, CurveRow, Metric, MetricSink, PhaseTimer, Progress, merge, to_floats
 from rljax.policy import Policy, memory_gib, open_policy
 from rljax.rewards.overlong import soft_overlong
 from rljax.rewards.pool import RewardPool, summarise
-from rljax.rl.advantages import group_advantages
-from rljax.rl.learner import Learner, fresh_state, group_metrics, state_shapes
+from rljax.rl.advantages import group_advantages, groups_to_train_on, has_spread
+from rljax.rl.learner import (
+    Learner,
+    checkpoint_shapes,
+    fresh_state,
+    group_metrics,
+    reference_copy,
+    reference_dtype,
+    state_shapes,
+    update_shape,
+)
 from rljax.rl.update import Compute
 from rljax.sampling.engine import Sampler
-from rljax.types import LENGTH, Rollouts
+from rljax.sampling.schedule import Stats
+from rljax.types import LENGTH, Rollouts, TrainState, select_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +56,13 @@ class Counters:
     """What a run has consumed; saved with every checkpoint."""
 
     samples: int = 0
-    """Prompts."""
+    """Prompts taken from the stream, with those that dynamic sampling does not train on."""
     tokens: int = 0
-    """Prompt and completion tokens trained on."""
+    """Prompt tokens, once per completion, and completion tokens trained on."""
+    sampled_tokens: int = 0
+    """The same of everything sampled."""
     flops: float = 0.0
-    """6 N tokens, the paper's measure."""
+    """6 N tokens trained on, the paper's measure."""
 
 
 @dataclasses.dataclass
@@ -84,9 +97,15 @@ def train(config: RunConfig) -> dict[str, float]:
     num_steps = steps_for(pipeline.plan, config.data.prompts_per_step, config.steps)
     evaluation = Evaluation(config, policy.tokenizer) if config.evaluation.data else None
     logger.info("data: %s", pipeline.plan.describe(config.data.prompts_per_step, num_steps))
-    logger.info("batch: %s", describe_batch(config, policy))
+    if config.algorithm.dynamic_sampling_rounds:
+        logger.info("data: dynamic sampling takes prompts from later steps, and the run ends when they are used up")
+    for line in batch_table(config, policy, pipeline.slots):
+        logger.info(line)
+    if config.lora.rank:
+        logger.info("lora: %s", describe_adapter(policy))
     with RewardPool(config.reward.workers, config.reward.timeout_seconds) as pool:
         run = _open_run(config, policy, pipeline, num_steps, evaluation, pool)
+        last_step = run.first_step
         try:
             if run.first_step == 0 and evaluation is not None:
                 result = _evaluate(run, 0)
@@ -94,31 +113,64 @@ def train(config: RunConfig) -> dict[str, float]:
                 logger.info("step 0/%d  pass@1 %.3f before training", num_steps, result.pass_at_1)
             with Progress(num_steps, first_step=run.first_step) as progress:
                 for step in range(run.first_step + 1, num_steps + 1):
+                    if run.pipeline.is_exhausted:  # dynamic sampling took what later steps would have had
+                        logger.info("the prompts are used up: the run ends after step %d of %d", last_step, num_steps)
+                        break
                     floats = _step(run, step)
                     run.sink.log(step, floats)
                     progress.step(step, floats)
+                    last_step = step
         finally:
             pipeline.close()
             run.sink.close()
             if run.store is not None:
                 run.store.close()
-    logger.info("%d steps in %.0f s", num_steps - run.first_step, time.perf_counter() - started)
-    return run_summary(config.run_dir, num_steps)
+    logger.info("%d steps in %.0f s", last_step - run.first_step, time.perf_counter() - started)
+    return run_summary(config.run_dir, last_step)
 
 
-def describe_batch(config: RunConfig, policy: Policy) -> str:
-    """Every derived batch number in one line, in completions."""
-    prompts, group, updates = (
-        config.data.prompts_per_step,
-        config.algorithm.group_size,
-        config.algorithm.updates_per_step,
-    )
-    shards = num_row_shards(policy.mesh)
-    return (
-        f"{prompts} prompts x {group} = {prompts * group} completions per step, {updates} updates of "
-        f"{prompts * group // updates}; {shards} row shard{'s' * (shards > 1)}, at most "
-        f"{config.algorithm.microbatch_tokens} tokens each per micro-batch; {policy.compute_dtype} compute"
-    )
+def batch_table(config: RunConfig, policy: Policy, prompt_slots: int) -> list[str]:
+    """Lines of a table with every derived batch number, counted in completions, prompts and tokens.
+
+    Args:
+      prompt_slots: tokens of the longest prompt, as the pipeline rounds them.
+    """
+    algorithm, prompts, cap = config.algorithm, config.data.prompts_per_step, config.sampling.max_completion_tokens
+    group, updates, shards = algorithm.group_size, algorithm.updates_per_step, num_row_shards(policy.mesh)
+    part = prompts // updates
+    shape = update_shape(policy.arch, policy.mesh, algorithm, part, prompt_slots, cap)
+    in_row, group_tokens = (shape.positions - prompt_slots) // cap, prompt_slots + group * cap
+
+    def line(name: str, count: int, note: str) -> tuple[str, str, str, str, str]:
+        return name, f"{count * group:,}", f"{count:,}", f"{count * group_tokens:,}", note
+
+    def rows(name: str, count: int, note: str) -> tuple[str, str, str, str, str]:
+        return name, f"{count * in_row:,}", "", f"{count * shape.positions:,}", note
+
+    rounds = 1 + algorithm.dynamic_sampling_rounds
+    table = [
+        ("batch", "completions", "prompts", "tokens", f"each of the longest; {policy.compute_dtype} compute"),
+        line("group", 1, ""),
+        *([line("sampled in a step", prompts * rounds, f"at most, in {rounds} rounds")] if rounds > 1 else []),
+        line("step", prompts, f"{updates} update{'s' * (updates > 1)}"),
+        line("update", part, f"at most {shape.num_microbatches:,} micro-batches"),
+        rows("micro-batch", shape.rows, f"{shape.rows:,} rows x {shape.positions:,} positions"),
+        rows("row shard", shape.rows // shards, f"{shards} in all, {shape.rows // shards:,} rows each"),
+    ]
+    wide = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            [cells[0].ljust(wide[0]), *(c.rjust(w) for c, w in zip(cells[1:4], wide[1:4], strict=True)), cells[4]]
+        ).rstrip()
+        for cells in table
+    ]
+
+
+def describe_adapter(policy: Policy) -> str:
+    """How much of the model an adapter trains, in one line."""
+    trained, whole = (sum(s.size for s in jax.tree.leaves(tree)) for tree in (policy.trained_shapes, policy.shapes))
+    lora = policy.lora
+    return f"rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.targets)}: {trained:,} of {whole:,} parameters"
 
 
 def run_summary(run_dir: str | Path, num_steps: int) -> dict[str, float]:
@@ -153,41 +205,43 @@ def _open_run(
     evaluation: Evaluation | None,
     pool: RewardPool,
 ) -> Run:
-    shapes = state_shapes(policy.shapes, config.optimizer, policy.mesh)
+    shapes = state_shapes(policy.trained_shapes, config.optimizer, policy.mesh)
     folder = Path(config.run_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep) if config.checkpoint.every else None
-    counters, first_step = Counters(), 0
+    counters, first_step, reference = Counters(), 0, None
+    base, with_kl = policy.load_base(config.seed), config.algorithm.kl_coefficient > 0
     if store is not None and store.latest_step() is not None:
-        state, host, first_step = store.restore(shapes)
+        saved, host, first_step = store.restore(checkpoint_shapes(shapes, config.algorithm, policy.compute_dtype))
         require_same_config(host["config"], dataclasses.asdict(config))
         pipeline.set_state(host["data"])
         counters = Counters(**host["counters"])
         logger.info("resuming %s after step %d", config.run_dir, first_step)
-        params = policy.load_params(config.seed) if config.algorithm.kl_coefficient > 0 else None
+        reference = saved.pop("reference", None)
+        state = TrainState(**saved)
+        params = policy.load_params(config.seed) if with_kl and base is None and reference is None else None
     else:
-        params = policy.load_params(config.seed)
+        params = policy.fresh_trained(config.seed)
         state = fresh_state(params, shapes, config.optimizer)
-    reference = None
-    if config.algorithm.kl_coefficient > 0:
-        reference = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(policy.compute_dtype), p))(params)
+    if with_kl and base is not None:
+        reference = base
+    elif with_kl and params is not None:
+        reference = reference_copy(params, reference_dtype(config.algorithm, policy.compute_dtype))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
+    compute = Compute(
+        policy.compute_dtype, config.model.remat, config.sampling.temperature, lora_scale=config.lora.scale
+    )
+    learner = Learner(
+        state, reference, policy.arch, policy.mesh, config.algorithm, config.optimizer, compute, base=base
+    )
     sampler = policy.sampler(config.sampling)
-    sampler.sync(state.params)
+    sampler.sync(learner.params)
     return Run(
         config=config,
         policy=policy,
         num_steps=num_steps,
         pipeline=pipeline,
-        learner=Learner(
-            state,
-            reference,
-            policy.arch,
-            policy.mesh,
-            config.algorithm,
-            config.optimizer,
-            Compute(policy.compute_dtype, config.model.remat, config.sampling.temperature),
-        ),
+        learner=learner,
         sampler=sampler,
         pool=pool,
         evaluation=evaluation,
@@ -196,6 +250,7 @@ def _open_run(
             folder,
             tensorboard=config.logging.tensorboard,
             wandb_project=config.logging.wandb,
+            aliases=ALIASES[config.logging.aliases],
             resume_step=first_step if first_step else None,
         ),
         counters=counters,
@@ -207,17 +262,37 @@ def _open_run(
 # --------------------------------------------------------------------------------------------------------------- step
 
 
-def _step(run: Run, step: int) -> dict[str, float]:
-    """One step; returns its metrics as floats."""
-    config, timer = run.config, PhaseTimer()
-    with timer("step"):
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What a step sampled, and what of it is trained on: all of it, unless dynamic sampling is on."""
+
+    sampled: Scored
+    rollouts: Rollouts
+    """Of `data.prompts_per_step` prompts, to train on."""
+    rewards: np.ndarray  # [P, G] float32, of `rollouts`
+    stats: list[Stats]
+    """Of each round."""
+    metrics: dict[str, float]
+
+
+def _collect(run: Run, timer: PhaseTimer) -> Collected:
+    """A round of prompts; with dynamic sampling, further ones until enough groups have a spread or none may follow.
+
+    The spread is that of the verifiers' rewards, before length and KL are taken off them.
+    """
+    config, algorithm = run.config, run.config.algorithm
+    wanted, most = config.data.prompts_per_step, 1 + algorithm.dynamic_sampling_rounds
+    parts: list[Scored] = []
+    stats: list[Stats] = []
+    found = 0
+    while len(parts) < most and found < wanted and not run.pipeline.is_exhausted:
         with timer("data"):
             prompts = next(run.pipeline)
         with timer("sample"):
             sampling = sample(
                 run.sampler,
                 prompts,
-                config.algorithm.group_size,
+                algorithm.group_size,
                 run.policy.tokenizer,
                 run.pool,
                 config.reward.name,
@@ -226,40 +301,97 @@ def _step(run: Run, step: int) -> dict[str, float]:
                 max_completion_tokens=config.sampling.max_completion_tokens,
             )
         with timer("reward"):  # what is left of it: groups are scored while others are being decoded
-            scored = sampling.wait()
-        rollouts, rewards, sampled = scored.rollouts, scored.rewards, run.sampler.stats
+            parts.append(sampling.wait())
+        stats.append(run.sampler.stats)
+        found += int(has_spread(parts[-1].rewards).sum())
+    sampled = parts[0] if len(parts) == 1 else join_scored(parts)
+    if most == 1:
+        return Collected(sampled, sampled.rollouts, sampled.rewards, stats, {})
+    places = groups_to_train_on(sampled.rewards, wanted)
+    metrics = {
+        "dynamic_sampling/rounds": float(len(parts)),
+        "dynamic_sampling/prompts": float(len(sampled.rewards)),
+        "dynamic_sampling/kept_group_fraction": min(found, wanted) / len(sampled.rewards),
+        "dynamic_sampling/missing_groups": float(max(wanted - found, 0)),  # others, without a spread, fill up
+    }
+    return Collected(sampled, select_prompts(sampled.rollouts, places), sampled.rewards[places], stats, metrics)
+
+
+def _step(run: Run, step: int) -> dict[str, float]:
+    """One step; returns its metrics as floats: of rewards and completions, those of everything sampled."""
+    config, timer = run.config, PhaseTimer()
+    with timer("step"):
+        collected = _collect(run, timer)
+        sampled, rollouts = collected.sampled, collected.rollouts
         with timer("update"):
-            advantages, penalty = _advantages(run, rollouts, rewards)
-            metrics = to_floats(run.learner.step(rollouts, advantages) | penalty | group_metrics(rewards))
+            advantages, penalty = _advantages(run, rollouts, collected.rewards)
+            metrics = to_floats(merge(run.learner.step(rollouts, advantages), penalty))
+            run.learner.move_reference(step)
         with timer("sync"):
-            run.sampler.sync(run.learner.state.params)
+            run.sampler.sync(run.learner.params)
             run.sampler.block_until_ready()
-        completion_tokens = int(rollouts.lengths.sum())
-        _count(run, completion_tokens + int(prompts.lengths.sum()) * config.algorithm.group_size)
-        if run.evaluation is not None and _is_due(step, config.evaluation.every, run.num_steps):
+        _count(run, sampled.rollouts, rollouts)
+        is_last = step == run.num_steps or run.pipeline.is_exhausted
+        if run.evaluation is not None and (is_last or _is_due(step, config.evaluation.every)):
             with timer("evaluate"):
                 metrics |= _evaluate(run, step).metrics
-        if run.store is not None and _is_due(step, config.checkpoint.every, run.num_steps):
+        if run.store is not None and (is_last or _is_due(step, config.checkpoint.every)):
             with timer("checkpoint"):
-                run.store.save(step, run.learner.state, _host_state(run))
+                run.store.save(step, run.learner.checkpoint_state(), _host_state(run))
     if config.logging.rollouts:
-        run.sink.write_rollouts(step, rollout_rows(scored, config.logging.rollouts))
+        run.sink.write_rollouts(step, rollout_rows(sampled, config.logging.rollouts))
     seconds = timer.take()
     return {
         **metrics,
-        **summarise(scored.verdicts),
-        "completion/length_tokens": completion_tokens / len(rollouts.lengths),
-        "completion/length_max_tokens": float(rollouts.lengths.max()),
-        "completion/truncated_fraction": float(np.mean(rollouts.stop_reasons == LENGTH)),
-        "throughput/sampled_tokens_per_second": completion_tokens / seconds["time/sample_seconds"],
-        "sampler/live_row_fraction": sampled.live_row_steps / max(sampled.row_steps, 1),
-        "sampler/used_slot_fraction": sampled.suffix_slots_used / max(sampled.suffix_slots_read, 1),
-        "throughput/sampler_programs": float(sampled.programs),
+        **group_metrics(sampled.rewards),
+        **summarise(sampled.verdicts),
+        **collected.metrics,
+        **_length_metrics(sampled.rollouts),
+        **_throughput(run, collected, metrics["learner/model_flops"], seconds),
+        **_sampler_metrics(collected.stats),
         "progress/prompts_seen": run.counters.samples,
         "progress/tokens": run.counters.tokens,
+        "progress/sampled_tokens": run.counters.sampled_tokens,
         "progress/compute_flops": run.counters.flops,
         **memory_gib(),
         **seconds,
+    }
+
+
+def _length_metrics(rollouts: Rollouts) -> dict[str, float]:
+    return {
+        "completion/length_tokens": float(rollouts.lengths.mean()),
+        "completion/length_min_tokens": float(rollouts.lengths.min()),
+        "completion/length_max_tokens": float(rollouts.lengths.max()),
+        "completion/truncated_fraction": float(np.mean(rollouts.stop_reasons == LENGTH)),
+    }
+
+
+def _throughput(run: Run, collected: Collected, flops: float, seconds: dict[str, float]) -> dict[str, float]:
+    """Completion tokens over the phases' seconds, and the step's tokens trained on, prompts included, over the whole.
+
+    Args:
+      flops: model FLOPs of the phase `update`, rescoring included.
+    """
+    mesh, update_seconds = run.policy.mesh, seconds["time/update_seconds"]
+    sampled, trained = collected.sampled.rollouts, collected.rollouts
+    speeds = {
+        "throughput/sampled_tokens_per_second": int(sampled.lengths.sum()) / seconds["time/sample_seconds"],
+        "throughput/trained_tokens_per_second": int(trained.lengths.sum()) / update_seconds,
+        "throughput/tokens_per_second_per_device": _tokens(trained) / seconds["time/step_seconds"] / mesh.size,
+    }
+    kind = mesh.devices.flat[0].device_kind
+    share = flops_utilisation(flops, update_seconds, kind, mesh.size, run.policy.compute_dtype)
+    return speeds if share is None else speeds | {"throughput/update_mfu": share}
+
+
+def _sampler_metrics(stats: list[Stats]) -> dict[str, float]:
+    """Of one step's rounds."""
+    rows, slots = sum(s.row_steps for s in stats), sum(s.suffix_slots_read for s in stats)
+    return {
+        "sampler/live_row_fraction": sum(s.live_row_steps for s in stats) / max(rows, 1),
+        "sampler/used_slot_fraction": sum(s.suffix_slots_used for s in stats) / max(slots, 1),
+        "throughput/sampler_programs": float(stats[-1].programs),
     }
 
 
@@ -278,14 +410,20 @@ def _advantages(run: Run, rollouts: Rollouts, rewards: np.ndarray) -> tuple[np.n
     ), metrics
 
 
-def _is_due(step: int, every: int, num_steps: int) -> bool:
-    return step == num_steps or (every > 0 and step % every == 0)
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
-def _count(run: Run, tokens: int) -> None:
-    run.counters.samples += run.config.data.prompts_per_step
-    run.counters.tokens += tokens
-    run.counters.flops += paper_flops(_size(run), tokens)
+def _count(run: Run, sampled: Rollouts, trained: Rollouts) -> None:
+    run.counters.samples += len(sampled.prompts)
+    run.counters.tokens += _tokens(trained)
+    run.counters.sampled_tokens += _tokens(sampled)
+    run.counters.flops += paper_flops(_size(run), _tokens(trained))
+
+
+def _tokens(rollouts: Rollouts) -> int:
+    """Prompt tokens, once per completion, and completion tokens."""
+    return int(rollouts.lengths.sum()) + int(rollouts.prompts.lengths.sum()) * rollouts.group_size
 
 
 def _size(run: Run) -> float:

@@ -85,6 +85,27 @@ def select_prompts(rollouts: Rollouts, places: Sequence[int] | np.ndarray) -> Ro
     )
 
 
+def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
+    """The prompts of `parts` and their completions, one part after the other; all of one group size, S and R."""
+    prompts = Prompts(
+        tokens=np.concatenate([part.prompts.tokens for part in parts]),
+        lengths=np.concatenate([part.prompts.lengths for part in parts]),
+        positions=np.concatenate([part.prompts.positions for part in parts]),
+        records=tuple(record for part in parts for record in part.prompts.records),
+    )
+    masses = [part.kept_mass for part in parts if part.kept_mass is not None]
+    assert len({part.group_size for part in parts}) == 1 and len(masses) in (0, len(parts)), "of one kind"
+    return Rollouts(
+        prompts=prompts,
+        group_size=parts[0].group_size,
+        tokens=np.concatenate([part.tokens for part in parts]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        behaviour_logprobs=np.concatenate([part.behaviour_logprobs for part in parts]),
+        stop_reasons=np.concatenate([part.stop_reasons for part in parts]),
+        kept_mass=np.concatenate(masses) if masses else None,
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:

@@ -1,10 +1,12 @@
 """Benchmarks: lines, lengths, tables and counting are right, and peers answer. No timings."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,19 +15,22 @@ sys.path.insert(0, str(FOLDER))
 
 import ablations  # noqa: E402
 import common  # noqa: E402
+import learning  # noqa: E402
 import peer  # noqa: E402
+import quickstart  # noqa: E402
 import roofline  # noqa: E402
 import sampling  # noqa: E402
 import simulate  # noqa: E402
 import table  # noqa: E402
+import update  # noqa: E402
 from contenders import Rljax, Void, load_sampler  # noqa: E402
 from models import model_folder  # noqa: E402
-from peers.protocol import split_by_rows  # noqa: E402
+from peers.protocol import Turns, split_by_rows  # noqa: E402
 from workloads import ARCHS, DEFAULT_ROWS, REALISTIC, ROWS, Workload, realistic_lengths  # noqa: E402
 
 from rljax.sampling.engine import EngineOptions  # noqa: E402
 from rljax.sampling.loop import Plan  # noqa: E402
-from rljax.sampling.schedule import FREE, Shape  # noqa: E402
+from rljax.sampling.schedule import FREE, LanePrompts, Shape  # noqa: E402
 
 FIELDS = {"bench", "case", "metric", "unit", "median", "min", "max", "n", "device", "commit", "date", "versions"}
 
@@ -155,6 +160,18 @@ def test_the_floor_of_a_rollout_worked_by_hand() -> None:
     assert roofline.decode_floor_seconds(arch, prompts, lengths, memory, "float32") == expected
 
 
+def test_the_counts_of_learning_worked_by_hand() -> None:
+    """The same two completions: 9 tokens through the layers, logits of 5."""
+    arch, prompts, lengths = ARCHS["tiny"], np.array([4]), np.array([3, 2])
+    counts = (9, 10 + (6 + 3 * 4) + (3 + 2 * 4), 5)
+    assert roofline.learning_counts(prompts, lengths) == counts
+    mm, head = 4 * 256 * ((2 * 4 + 2 * 2) * 64 + 3 * 1024), 256 * 512
+    forward = 2 * mm * 9 + 4 * 4 * 4 * 64 * 39 + 2 * head * 5
+    assert roofline.learning_flops(arch, prompts, lengths) == 4 * forward  # reference, and thrice for the update
+    flops = roofline.Ceilings(1.0, float("inf"), float("inf"))
+    assert roofline.update_floor_seconds(arch, prompts, lengths, flops) == 4 * forward
+
+
 # ---------------------------------------------------------------------------------------------------------- simulation
 
 
@@ -173,14 +190,16 @@ def device(lengths: list[int], plan: Plan) -> simulate.CountingDevice:
 def test_the_counting_device_follows_the_rows() -> None:
     shape = Shape(2, 2, 16)
     counting = device([1, 9, 12, 30], plan())
-    started = counting.start(shape, np.array([0, 1]), np.array([0, 1, 2, FREE]))
+    started = counting.start(shape, LanePrompts(np.array([0, 1]), None), np.array([0, 1, 2, FREE]))
     assert started.lengths.tolist() == [1, 1, 1, 0]
     assert started.stopped.tolist() == [True, False, False, False]
     drawn = counting.decode(shape)
     assert drawn.tokens.shape == (8, 4)
     assert drawn.lengths.tolist() == [1, 9, 9, 0]
     assert drawn.stopped.tolist() == [True, True, False, False]
-    admitted = counting.admit(shape, np.array([0, 2]), np.array([1, FREE]), np.array([3, FREE, FREE, FREE]))
+    admitted = counting.admit(
+        shape, np.array([0, 2]), LanePrompts(np.array([1, FREE]), None), np.array([3, FREE, FREE, FREE])
+    )
     assert admitted.lengths.tolist() == [1, 0, 0, 0]
     assert counting.decode(shape).lengths.tolist() == [9, 0, 12, 0]
     counting.reshape(shape, Shape(1, 2, 24), np.array([0, FREE]), np.array([0]))
@@ -190,7 +209,7 @@ def test_the_counting_device_follows_the_rows() -> None:
 def test_the_counting_device_adds_up_what_is_computed() -> None:
     arch, shape = ARCHS["tiny"], Shape(2, 2, 16)
     counting = device([9, 9, 9, 9], plan())
-    counting.start(shape, np.array([0, 1]), np.arange(4))
+    counting.start(shape, LanePrompts(np.array([0, 1]), None), np.arange(4))
     counting.decode(shape)
     step = roofline.step_seconds(arch, simulate.FLOPS_ONLY, "float32", rows=4, own=4 * 16, read=2 * 16, attended=4 * 16)
     assert counting.step_seconds == 8 * step
@@ -295,6 +314,24 @@ def test_tables_of_everything_and_by_device() -> None:
     assert "| cache | grow | tiny, 8 rows, 64 + 128 tokens | 10 | 1.50 |" in made_tables["Ablations, cpu"]
 
 
+def test_lines_of_a_quickstart() -> None:
+    result = {"sft_seconds": 70.0, "train_seconds": 120.0, "curve": [[0, 0.25], [10, 0.5], [20, 0.75]]}
+    fields = common.run_fields("quickstart", "cpu", {})
+    lines = quickstart.lines_of(fields, 3, result, peak_gib=0.9)
+    assert {line["metric"]: line["median"] for line in lines} == {
+        "pass@1 change": 0.5,
+        "pass@1 before": 0.25,
+        "pass@1 after": 0.75,
+        "warm start": 70.0,
+        "training": 120.0,
+        "peak memory": 0.9,
+    }
+    kept = [json.loads(line) for line in (FOLDER / "results" / "quickstart.jsonl").read_text().splitlines()[-6:]]
+    for new, old in zip(lines, kept, strict=True):  # what is in the results by now, field for field
+        assert list(new) == list(old) and new["case"].keys() == old["case"].keys()
+        assert (new["metric"], new["unit"]) == (old["metric"], old["unit"])
+
+
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text("{}\n[1]\n")
@@ -347,6 +384,84 @@ def test_every_ablation_is_known_by_its_name() -> None:
         ablations.run_ablations(["nothing"], None)  # type: ignore[arg-type]
 
 
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def test_even_ids_are_rewarded(ours: Rljax) -> None:
+    ours.run(0)
+    assert ours.rollouts is not None
+    rewards = learning.even_share(ours.rollouts)
+    rows = [row[:n].tolist() for row, n in zip(ours.rollouts.tokens, ours.rollouts.lengths, strict=True)]
+    assert rewards.reshape(-1).tolist() == [sum(t % 2 == 0 for t in row) / len(row) for row in rows]
+
+
+def test_the_gate_lets_no_other_weights_pass(folder: Path, ours: Rljax) -> None:
+    learner = learning.load_learner(folder, ARCHS["tiny"], group=SMALL.group)
+    ours.sampler.sync(learner.state.params)
+    ours.run(0)
+    assert ours.rollouts is not None
+    learning.check_logprobs(learner, ours.rollouts, [])
+    learner.state = dataclasses.replace(learner.state, params=jax.tree.map(lambda x: 1.05 * x, learner.state.params))
+    with pytest.raises(Void, match="log-probs of the learner and the sampler differ by"):
+        learning.check_logprobs(learner, ours.rollouts, [])
+
+
+def test_an_iteration_and_what_it_is_made_of(folder: Path, ours: Rljax) -> None:
+    iteration = learning.Iteration(folder, SMALL)
+    iteration.sampler = ours.sampler  # its programs are there
+    seconds = iteration.run(0)
+    assert list(iteration.phases) == ["rollout", "reward", "update", "sync"]
+    assert sum(iteration.phases.values()) == pytest.approx(seconds)
+    assert 0 <= iteration.metrics["learner/padding_fraction"] < 1 and iteration.peak_mib > 0
+    # The second one is of other weights than the reference, and draws with them.
+    iteration.run(1)
+    assert iteration.metrics["policy/reference_kl"] > 0
+    assert iteration.metrics["policy/behaviour_gap_max"] < 1e-4
+
+
+def test_completions_alone_are_the_same_completions(ours: Rljax) -> None:
+    assert ours.rollouts is not None
+    alone = learning.ungrouped(ours.rollouts)
+    sent, shared = learning.as_ids(alone), learning.as_ids(ours.rollouts)
+    assert sent["completions"] == shared["completions"]
+    assert sent["prompts"] == [prompt for prompt in shared["prompts"] for _ in range(SMALL.group)]
+
+
+def test_a_batch_that_is_too_large_is_taken_in_whole_groups() -> None:
+    assert learning.batch_variants(["a", "b"], ROWS["tiny-b64"]) == ["a/64", "b/64"]
+    assert learning.batch_variants(["a"], REALISTIC) == ["a/16", "a/32"]
+
+
+def test_the_loss_head_in_chunks_needs_less_than_half_the_memory() -> None:
+    whole, chunked = update.head_lines(common.run_fields("update", "cpu", {}))
+    assert chunked["ratio"] > 2 and whole["ratio"] == 1
+
+
+def test_a_loop_takes_its_turns() -> None:
+    steps: list[int] = []
+
+    def loop(turns: Turns) -> None:
+        for step in range(3):
+            turns.begin()
+            turns.timed("rollout", steps.append)(step)
+            if step == 2:
+                raise ValueError("no more")
+            turns.end()
+
+    turns = Turns(loop)
+    assert steps == []
+    told = turns.step()
+    assert steps == [0] and set(told) == {"seconds", "rollout", "reference", "update", "peak_mib"}
+    assert told["seconds"] == told["rollout"] + told["reference"] + told["update"]
+    turns.step()
+    with pytest.raises(ValueError, match="no more"):
+        turns.step()
+    turns.stop()
+    stopped = Turns(loop)
+    stopped.stop()
+    assert steps == [0, 1, 2]
+
+
 # --------------------------------------------------------------------------------------------------------------- peers
 
 
@@ -363,7 +478,7 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_peers_continue_as_rljax_does(folder: Path) -> None:
     """Those that are installed, side by side."""
-    names = [name for name in sorted(peer.WORKERS) if peer.is_installed(name)]
+    names = [name for name in sorted(peer.SAMPLERS) if peer.is_installed(name)]
     if not names:
         pytest.skip("needs .venv-hf or .venv-tunix (make bench-peers)")
     workers = [peer.Worker(name) for name in names]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import pytest
 from orbax.checkpoint.experimental.v1._src.handlers import json_handler
 
 from rljax.checkpoint import CheckpointStore, _sha256, config_differences, digests, require_same_config
-from rljax.config import ConfigError, RunConfig
+from rljax.config import AlgorithmConfig, ConfigError, RunConfig
 from rljax.types import TrainState
 
 # A failed load or save leaves coroutines and TensorStore futures of Orbax behind, which complain when collected: that
@@ -380,6 +381,18 @@ def test_fields_that_change_nothing_may_differ():
     current["algorithm"]["microbatch_tokens"] = 1024
     assert config_differences(saved, current) == []
     require_same_config(saved, current)
+
+
+@pytest.mark.parametrize("aggregation", get_args(AlgorithmConfig.__annotations__["aggregation"]))
+def test_the_micro_batches_are_fixed_where_the_loss_depends_on_them(aggregation):
+    saved, current = _plain(RunConfig()), _plain(RunConfig())
+    saved["algorithm"]["aggregation"] = current["algorithm"]["aggregation"] = aggregation
+    current["algorithm"]["microbatch_tokens"] = 1024
+    fixed = ["algorithm.microbatch_tokens: 16384 -> 1024"] if aggregation == "micro_batch_token_mean" else []
+    assert config_differences(saved, current) == fixed
+    if fixed:
+        with pytest.raises(ConfigError, match=re.escape(fixed[0])):
+            require_same_config(saved, current)
 
 
 def test_fields_that_change_the_computation_are_all_listed():

@@ -20,16 +20,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from rljax.checkpoint import CheckpointStore
 from rljax.cli import COMMANDS, USAGE_ERROR, main
-from rljax.config import ARCHITECTURES, ConfigError, ModelConfig, RunConfig, dump_config, parse_config
+from rljax.config import ARCHITECTURES, ConfigError, ModelConfig, RunConfig
+from rljax.config_file import dump_config, parse_config
 from rljax.data.tasks import TASKS
 from rljax.export import save_description
+from rljax.metrics import ALIASES
 from rljax.models import hf
 from rljax.policy import open_policy
-from rljax.rl.learner import state_shapes
+from rljax.rl.learner import checkpoint_shapes, state_shapes, update_shape
 from rljax.tokenizer import character_tokenizer, load_tokenizer
+from rljax.train import batch_table
 
 SETTINGS: dict[str, Any] = {
     "model": {"architecture": "tiny", "remat": "none"},
@@ -484,7 +488,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def repeatable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics without those that a clock or the operating system gives."""
-    measured = ("time/", "memory/", "throughput/")
+    measured = ("time/", "memory/", "throughput/", "timing_s/", "perf/")
     return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows]
 
 
@@ -493,12 +497,13 @@ def curve_of(run: Path) -> list[dict[str, Any]]:
 
 
 def state_of(run: Path) -> tuple[Any, dict[str, Any], int]:
-    """Newest checkpoint of a run: state, host state, step."""
+    """Newest checkpoint of a run: state and, where it moves, reference; host state; step."""
     config = parse_config([str(run / "config.yaml")])
     policy = open_policy(config)
     store = CheckpointStore(run / "checkpoints", None)
     try:
-        return store.restore(state_shapes(policy.shapes, config.optimizer, policy.mesh))
+        shapes = state_shapes(policy.trained_shapes, config.optimizer, policy.mesh)
+        return store.restore(checkpoint_shapes(shapes, config.algorithm, policy.compute_dtype))
     finally:
         store.close()
 
@@ -560,8 +565,8 @@ def test_convert_gives_the_parameters_of_the_run(stopped: Path, tmp_path: Path, 
     state, _, step = state_of(stopped)
     assert step == 2
     arch = hf.read_architecture(exported)
-    assert differing(state.params, hf.load_params(exported, arch)) == []
-    assert len(differing(state.params, hf.load_params(place.start, arch))) > 10  # it has learnt something
+    assert differing(state["params"], hf.load_params(exported, arch)) == []
+    assert len(differing(state["params"], hf.load_params(place.start, arch))) > 10  # it has learnt something
     assert (exported / "tokenizer.json").read_bytes() == (place.start / "tokenizer.json").read_bytes()
 
 
@@ -602,7 +607,7 @@ def test_resumed_is_unbroken_in_every_bit_of_the_state(unbroken: Path, resumed: 
     (whole, host, step), (parts, host_parts, step_parts) = state_of(unbroken), state_of(resumed)
     assert step == step_parts == 4
     assert differing(whole, parts) == []
-    assert int(whole.updates) == 8
+    assert int(whole["updates"]) == 8 and "reference" not in whole  # a fixed one is read from its source again
     for name in ("data", "counters"):
         assert host[name] == host_parts[name]
     assert len(differing(whole, state_of(stopped)[0])) > 20  # the comparison sees two more steps
@@ -647,6 +652,121 @@ def test_a_run_killed_between_checkpoints_ends_the_same(unbroken: Path, place: P
     assert differing(state_of(killed)[0], state_of(unbroken)[0]) == []
 
 
+@pytest.mark.parametrize("library", ["verl", "trl"])
+def test_every_alias_is_of_a_metric_that_a_run_writes(stopped: Path, library: str) -> None:
+    accelerators_only = {"throughput/update_mfu", "memory/device_peak_gib"}
+    assert set(ALIASES[library]) - set(metrics_of(stopped)[2]) <= accelerators_only
+
+
+def test_metrics_of_a_step_agree_with_its_completions(stopped: Path) -> None:
+    steps = metrics_of(stopped)[1:]
+    for row in steps:
+        lines = (stopped / "rollouts" / f"step_{row['step']:06d}.jsonl").read_text().splitlines()
+        lengths = [json.loads(line)["tokens"] for line in lines]
+        assert row["completion/length_tokens"] == np.mean(lengths)
+        assert row["completion/length_min_tokens"] == min(lengths)
+        assert row["completion/length_max_tokens"] == max(lengths)
+        assert row["throughput/sampled_tokens_per_second"] * row["time/sample_seconds"] == pytest.approx(sum(lengths))
+        assert row["throughput/trained_tokens_per_second"] * row["time/update_seconds"] == pytest.approx(sum(lengths))
+        assert not any(name.startswith("dynamic_sampling/") for name in row)
+        assert row["progress/tokens"] == row["progress/sampled_tokens"]
+    whole = steps[1]["throughput/tokens_per_second_per_device"] * steps[1]["time/step_seconds"] * jax.device_count()
+    assert whole == pytest.approx(steps[1]["progress/tokens"] - steps[0]["progress/tokens"])
+
+
+def test_the_table_of_the_batch(place: Place) -> None:
+    """4 prompts x 4 completions in 2 updates; prompts of at most 16 tokens, completions of 8."""
+    config = parse_config([place.config, "--algorithm.dynamic_sampling_rounds", "2"])
+    policy = open_policy(config)
+    shape = update_shape(policy.arch, policy.mesh, config.algorithm, 2, 16, 8)
+    rows, positions = shape.rows, shape.positions
+    assert [line.split() for line in batch_table(config, policy, 16)] == [
+        ["batch", "completions", "prompts", "tokens", "each", "of", "the", "longest;", "float32", "compute"],
+        ["group", "4", "1", str(16 + 4 * 8)],
+        f"sampled in a step 48 12 {12 * 48} at most, in 3 rounds".split(),
+        f"step 16 4 {4 * 48} 2 updates".split(),
+        f"update 8 2 {2 * 48} at most {shape.num_microbatches} micro-batches".split(),
+        f"micro-batch {rows * ((positions - 16) // 8)} {rows * positions} {rows} rows x {positions} positions".split(),
+        f"row shard {rows * ((positions - 16) // 8)} {rows * positions} 1 in all, {rows} rows each".split(),
+    ]
+    lines, ends = batch_table(config, policy, 16), ("tokens", "48", "576")
+    assert len({line.rindex(number) + len(number) for line, number in zip(lines[:3], ends, strict=True)}) == 1
+
+
+# ------------------------------------------------------------------------------ dynamic sampling and a moving reference
+
+
+@pytest.fixture(scope="module")
+def refilled(place: Place) -> tuple[Path, Path]:
+    """12 rounds of 4 prompts in steps of up to 3, to the end of the prompts: unbroken, and stopped after 2 steps."""
+    flags = "--algorithm.dynamic_sampling_rounds 2 --data.repeats 4 --evaluation.every 0 --checkpoint.every 100 "
+    flags += "--algorithm.reference_update ema --algorithm.reference_ema_decay 0.5 "
+    flags += "--logging.rollouts 48 --logging.aliases verl"
+    whole, parts = place.root / "refilled", place.root / "refilled_in_parts"
+    for folder, steps in ((whole, "0"), (parts, "2"), (parts, "0")):
+        assert main(place.train("--run_dir", str(folder), "--steps", steps, *flags.split())) == 0
+    return whole, parts
+
+
+def test_dynamic_sampling_trains_on_the_first_groups_with_a_spread(refilled: tuple[Path, Path], place: Place) -> None:
+    run, tokenizer = refilled[0], load_tokenizer(place.start)
+    rows = metrics_of(run)[1:]
+    prompts = trained_tokens = sampled_tokens = 0
+    for row in rows:
+        lines = (run / "rollouts" / f"step_{row['step']:06d}.jsonl").read_text().splitlines()
+        completions = [json.loads(line) for line in lines]
+        groups = [completions[i : i + 4] for i in range(0, len(completions), 4)]
+        spread = [len({completion["reward"] for completion in group}) > 1 for group in groups]
+        rounds = row["dynamic_sampling/rounds"]
+        assert len(groups) == row["dynamic_sampling/prompts"] == 4 * rounds
+        assert rounds == 1 or sum(spread[:-4]) < 4  # none too many
+        assert sum(spread) >= 4 or rounds == 3 or row is rows[-1]  # nor too few
+        kept = [place for place, differ in enumerate(spread) if differ][:4]
+        filling = [place for place, differ in enumerate(spread) if not differ][: 4 - len(kept)]
+        assert row["dynamic_sampling/missing_groups"] == len(filling)
+        assert row["dynamic_sampling/kept_group_fraction"] == len(kept) / len(groups)
+        tokens = [
+            sum(completion["tokens"] for completion in group)
+            + 4 * len(tokenizer.encode_chat([{"role": "user", "content": group[0]["prompt"]}]))
+            for group in groups
+        ]
+        prompts += len(groups)
+        sampled_tokens += sum(tokens)
+        trained_tokens += sum(tokens[place] for place in kept + filling)
+        assert row["progress/prompts_seen"] == prompts
+        assert row["progress/tokens"] == trained_tokens and row["progress/sampled_tokens"] == sampled_tokens
+        assert row["reward/mean"] == row["critic/score/mean"]
+        assert row["reward/mean"] == pytest.approx(np.mean([completion["reward"] for completion in completions]))
+    assert len({row["dynamic_sampling/rounds"] for row in rows}) > 1 and trained_tokens < sampled_tokens
+
+
+def test_dynamic_sampling_ends_with_the_prompts(refilled: tuple[Path, Path], place: Place) -> None:
+    """Its last step, known as such only then, is measured and saved like any other last step."""
+    for run in refilled:
+        rows = metrics_of(run)
+        assert rows[-1]["progress/prompts_seen"] == 48 and 4 <= rows[-1]["step"] < 12
+        assert "eval/pass@1" in rows[-1]
+        assert state_of(run)[2] == rows[-1]["step"]
+    assert [row["step"] for row in metrics_of(refilled[0]) if "eval/pass@1" in row] == [0, rows[-1]["step"]]
+    before = (refilled[0] / "metrics.jsonl").read_bytes()
+    assert main(["train", str(refilled[0] / "config.yaml")]) == 0
+    assert (refilled[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_refills_as_the_unbroken(refilled: tuple[Path, Path]) -> None:
+    """The prompts of further rounds are behind the saved position, and the moving reference is in the checkpoint."""
+    (whole, host, _), (parts, host_parts, _) = (state_of(run) for run in refilled)
+    assert differing(whole, parts) == []
+    assert host["data"] == host_parts["data"] and host["counters"] == host_parts["counters"]
+    assert len(differing(whole["reference"], whole["params"])) > 10
+    rows, rows_parts = (
+        # The first part measured its last step.
+        [{name: value for name, value in row.items() if not name.startswith("eval/")} for row in repeatable(metrics)]
+        for metrics in map(metrics_of, refilled)
+    )
+    assert len(rows) > 4 and rows == rows_parts
+
+
 def test_sft_of_a_task_makes_its_own_vocabulary(place: Place, tmp_path: Path) -> None:
     """Random weights of a named shape, the task's characters, its worked solutions: nothing is read from disk."""
     config = str(place.root / "from_scratch.yaml")
@@ -655,6 +775,74 @@ def test_sft_of_a_task_makes_its_own_vocabulary(place: Place, tmp_path: Path) ->
     assert dataclasses.replace(arch, vocab_size=64) == ARCHITECTURES["tiny"]
     assert arch.vocab_size == 32
     assert load_tokenizer(tmp_path / "sft").vocab_size == 5 + len(TASKS["char_count"].alphabet)
+
+
+# -------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.fixture(scope="module")
+def with_lora(place: Place) -> list[str]:
+    """Command of four steps that train an adapter."""
+    lora = ["--lora.rank", "2", "--lora.alpha", "3", "--lora.targets", "q", "o", "down"]
+    return place.train("--steps", "4", *lora, "--optimizer.learning_rate", "1e-2", "--evaluation.data", "")
+
+
+@pytest.fixture(scope="module")
+def adapted(place: Place, with_lora: list[str]) -> Path:
+    """The run of `with_lora`."""
+    folder = place.root / "adapted"
+    assert main([*with_lora, "--run_dir", str(folder)]) == 0
+    return folder
+
+
+def test_a_resumed_adapter_is_the_unbroken_one(adapted: Path, place: Place, with_lora: list[str]) -> None:
+    state, _, step = state_of(adapted)
+    adapter = state["params"]
+    assert step == 4 and set(adapter) == {"layers"} and set(adapter["layers"]) == {"q", "o", "down"}
+    assert all(factors["b"].any() for factors in adapter["layers"].values())
+    killed = Path(shutil.copytree(adapted, place.root / "killed_adapter"))
+    shutil.rmtree(killed / "checkpoints" / "4")
+    assert len(differing(state, state_of(killed)[0])) > 15
+    assert main([*with_lora, "--run_dir", str(killed)]) == 0
+    assert differing(state, state_of(killed)[0]) == []
+    assert repeatable(metrics_of(killed)) == repeatable(metrics_of(adapted))
+    assert all(row["policy/behaviour_gap_max"] < 1e-4 for row in metrics_of(adapted))
+
+
+def test_convert_merges_an_adapter_or_writes_it_for_peft(adapted: Path, place: Place, tmp_path: Path) -> None:
+    assert main(["convert", str(adapted), str(tmp_path / "merged")]) == 0
+    assert main(["convert", str(adapted), str(tmp_path / "adapter"), "--adapter"]) == 0
+    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 3)
+    assert config["target_modules"] == ["down_proj", "o_proj", "q_proj"]
+    assert config["base_model_name_or_path"] == str(place.start)
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    modules = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    layers = [f"model.layers.{layer}.{module}" for layer in range(4) for module in modules]
+    assert set(factors) == {f"base_model.model.{name}.lora_{side}.weight" for name in layers for side in "AB"}
+    shapes = {name.split(".", 5)[5]: factor.shape for name, factor in factors.items()}
+    assert shapes["self_attn.q_proj.lora_A.weight"] == (2, 128) and shapes["mlp.down_proj.lora_A.weight"] == (2, 256)
+    assert all(shape == (128, 2) for name, shape in shapes.items() if "lora_B" in name)
+    base, merged = (load_file(folder / "model.safetensors") for folder in (place.start, tmp_path / "merged"))
+    assert set(base) == set(merged)
+    for name, weight in base.items():
+        change = 0.0
+        if name.removesuffix(".weight") in layers:
+            a, b = (factors[f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"] for side in "AB")
+            change = 3 / 2 * (b.astype(np.float64) @ a)
+            assert np.abs(change).max() > 1e-4
+        np.testing.assert_allclose(merged[name], weight + change, rtol=0, atol=1e-6 if np.any(change) else 0)
+
+
+def test_only_a_run_with_lora_has_an_adapter(stopped: Path, place: Place, tmp_path: Path, refused: Refused) -> None:
+    said = refused("convert", "--adapter", str(stopped), str(tmp_path / "new"))
+    assert f"{stopped} is a run without LoRA" in said and "leave --adapter out" in said
+    said = refused("convert", str(place.start), str(tmp_path / "new"), "--adapter")
+    assert "only the folder of a run with LoRA holds an adapter; give one" in said
 
 
 # -------------------------------------------------------------------------------------------------------------- sample

@@ -14,16 +14,13 @@ import yaml
 from rljax.config import (
     _AT_LEAST_ONE,
     _AT_LEAST_ZERO,
-    _KINDS,
-    _REQUIRED,
     ARCHITECTURES,
     NOMINAL_PARAMS,
     Architecture,
     ConfigError,
     RunConfig,
-    dump_config,
-    parse_config,
 )
+from rljax.config_file import _KINDS, _REQUIRED, dump_config, parse_config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").rglob("*.yaml"))
 
@@ -342,6 +339,19 @@ def test_group_of_one() -> None:
         ),
         ({"correction_low": 3.0}, r"correction_low = 3.0 is above .*correction_high = 2.0"),
         ({"kl_in": "reward", "advantage": "reinforce_pp"}, r"needs a return per token.*set kl_in to 'loss'"),
+        (
+            {"dynamic_sampling_rounds": 2, "group_size": 1, "advantage": "reinforce_pp"},
+            r"dynamic_sampling_rounds = 2 looks for groups .*group_size = 1 has none; set the rounds to 0",
+        ),
+        (
+            {"reference_update": "periodic", "reference_every_steps": 2, "kl_coefficient": 0.0},
+            r"'periodic' moves a reference .*kl_coefficient = 0 keeps none; set a coefficient above 0",
+        ),
+        ({"reference_update": "ema"}, r"reference_ema_decay = 0.0 with .*'ema': it must be above 0 and below 1"),
+        ({"reference_update": "ema", "reference_ema_decay": 1.0}, r"reference_ema_decay = 1.0 .*below 1"),
+        ({"reference_ema_decay": 0.9}, r"reference_ema_decay = 0.9 with .*'fixed'.* 0 without"),
+        ({"reference_update": "periodic"}, r"reference_every_steps = 0 with .*'periodic': it must be at least 1"),
+        ({"reference_every_steps": 3}, r"reference_every_steps = 3 with .*'fixed'.* 0 without"),
     ],
 )
 def test_objectives_that_contradict_themselves(algorithm: dict[str, Any], says: str) -> None:
@@ -382,6 +392,41 @@ def test_a_decay_ends_after_the_warm_up(schedule: str) -> None:
     assert decayed.optimizer.decay_updates == 4
 
 
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (("q", "gat"), r"^lora\.targets holds 'gat', which is no matrix of a layer; perhaps you meant gate; choose"),
+        (
+            ("up_proj",),
+            r"^lora\.targets holds 'up_proj', .*; perhaps you meant up; choose from q, k, v, o, gate, up, d",
+        ),
+        (("lm_head",), r"^lora\.targets holds 'lm_head', which is no matrix of a layer; choose from q, k"),
+        ((), r"^lora\.targets = \[\] with lora\.rank = 8 must name at least one matrix.* set lora\.rank to 0"),
+        (("q", "q"), r"^lora\.targets = \['q', 'q'\] .* none twice; choose from q"),
+    ],
+)
+def test_an_adapter_lies_beside_matrices_there_are(targets: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        replaced(lora={"rank": 8, "targets": targets})
+
+
+def test_an_adapter_has_no_whole_matrix_for_muon() -> None:
+    with pytest.raises(ConfigError, match=r"'muon' orthogonalises .* lora\.rank = 8 trains factors.*name to 'adamw'"):
+        replaced(lora={"rank": 8}, optimizer={"name": "muon"})
+    assert replaced(lora={"rank": 0}, optimizer={"name": "muon"}).lora.rank == 0
+
+
+def test_the_reference_of_an_adapter_stays_the_frozen_model() -> None:
+    moving = {"reference_update": "periodic", "reference_every_steps": 5}
+    with pytest.raises(ConfigError, match=r"reference_update = 'periodic' .* lora\.rank = 8 that is the frozen model"):
+        replaced(lora={"rank": 8}, algorithm=moving)
+
+
+def test_the_scale_of_an_adapter() -> None:
+    assert replaced(lora={"rank": 8}).lora.scale == 2
+    assert replaced(lora={"rank": 8, "alpha": 4}).lora.scale == 0.5
+
+
 def test_an_unknown_architecture() -> None:
     with pytest.raises(ConfigError, match=r"architecture = 'qwen9' is not known; choose one of tiny, .* model\.path"):
         replaced(model={"architecture": "qwen9"})
@@ -416,7 +461,7 @@ def test_a_config_is_a_value() -> None:
 
 def test_importing_and_parsing_needs_no_jax() -> None:
     code = (
-        "import sys; from rljax.config import parse_config; parse_config(['--seed', '1']); "
+        "import sys; from rljax.config_file import parse_config; parse_config(['--seed', '1']); "
         "heavy = {'jax', 'numpy', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

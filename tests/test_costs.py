@@ -78,6 +78,19 @@ def test_update_flops_by_hand():
     assert costs.update_flops(SMALL, 5, 9, 2, remat="full") == 4 * forward + 3 * 80
 
 
+def test_a_group_shares_its_prompt():
+    # Prompt 3 with completions 2 and 1: context 6 + (3 * 2 + 3) + (3 * 1 + 1) = 19. The second group is not there.
+    counts = costs.group_tokens(np.array([3, 9]), np.array([[2, 1], [0, 0]]))
+    assert counts == (3 + 2 + 1, 19, 3)
+    assert costs.group_tokens(np.array([4]), np.array([[5]])) == (9, costs.causal_context_sum([9]), 5)
+
+
+def test_flops_utilisation_is_of_known_devices_in_bfloat16():
+    assert costs.flops_utilisation(4 * 989e12, 2.0, "NVIDIA H200", 8, "bfloat16") == 0.25
+    assert costs.flops_utilisation(1e15, 2.0, "cpu", 1, "bfloat16") is None
+    assert costs.flops_utilisation(1e15, 2.0, "NVIDIA H200", 1, "float32") is None
+
+
 def test_paper_compute():
     # One step of the 0.5B base run: 4.20 M tokens.
     assert costs.paper_flops(0.5e9, 4.2e6) == 1.26e16

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from rljax.metrics import (
+    ALIASES,
     CURVE_COLUMNS,
     CurveRow,
     Max,
@@ -217,6 +218,54 @@ _METRICS = {
     "time/update_seconds": 2.9,
     "time/step_seconds": 8.2,
 }
+
+
+KNOWN_NAMES = {
+    "verl": """
+        critic/score/mean critic/score/max critic/score/min critic/rewards/mean critic/advantages/mean actor/pg_loss
+        actor/entropy actor/kl_loss actor/kl_coef actor/ppo_kl actor/pg_clipfrac actor/pg_clipfrac_lower actor/grad_norm
+        actor/lr response_length/mean response_length/max response_length/min response_length/clip_ratio
+        prompt_length/mean prompt_length/max prompt_length/min prompt_length/clip_ratio rollout_corr/kl
+        rollout_corr/k3_kl training/rollout_probs_diff_mean training/rollout_probs_diff_max perf/total_num_tokens
+        perf/throughput perf/time_per_step perf/mfu/actor perf/max_memory_allocated_gb perf/max_memory_reserved_gb
+        perf/cpu_memory_used_gb timing_s/gen timing_s/reward timing_s/old_log_prob timing_s/ref timing_s/adv
+        timing_s/update_actor timing_s/update_weights timing_s/testing timing_s/save_checkpoint timing_s/step
+        """,
+    "trl": """
+        reward reward_std frac_reward_zero_std loss policy_loss entropy kl clip_ratio/low_mean clip_ratio/low_min
+        clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean cispo_clip_ratio grad_norm learning_rate
+        completions/mean_length completions/min_length completions/max_length completions/clipped_ratio
+        completions/mean_terminated_length sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max
+        sampling/importance_sampling_ratio/mean num_tokens step_time epoch eval_reward
+        """,
+}
+"""What dashboards made for these libraries read."""
+
+
+@pytest.mark.parametrize("library", KNOWN_NAMES)
+def test_aliases_are_names_of_that_library_each_once(library):
+    aliases = list(ALIASES[library].values())
+    assert set(aliases) <= set(KNOWN_NAMES[library].split())
+    assert len(set(aliases)) == len(aliases) > 15
+    assert set(ALIASES) == {"none", *KNOWN_NAMES}
+
+
+def test_aliases_are_written_beside_the_names(tmp_path):
+    class Kept(list):
+        def log(self, step, metrics):
+            self.append(dict(metrics))
+
+        def close(self):
+            pass
+
+    sink = MetricSink(tmp_path, aliases=ALIASES["trl"])
+    sink._extras["kept"] = kept = Kept()
+    sink.log(1, {"reward/mean": 0.5, "policy/loss": math.nan, "mine": 2.0})
+    sink.close()
+    assert _lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "reward/mean": 0.5, "policy/loss": None, "mine": 2.0, "reward": 0.5, "loss": None}
+    ]
+    assert kept[0]["reward"] == 0.5 and set(kept[0]) == {"reward/mean", "policy/loss", "mine", "reward", "loss"}
 
 
 def test_step_line():

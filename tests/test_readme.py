@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from rljax.cli import COMMANDS, main
-from rljax.config import ModelConfig, RunConfig, parse_config
+from rljax.config import ModelConfig, RunConfig
+from rljax.config_file import parse_config
 from rljax.data.records import read_records
 from rljax.export import DEMO
 from rljax.models import qwen2

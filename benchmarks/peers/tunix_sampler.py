@@ -6,7 +6,6 @@ Its one variant, `static`, runs a batch to its longest row: a compiled loop over
 import json
 import os
 import time
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from tunix.models.qwen2 import params as qwen_params
 
 NO_TOKEN = -1
 """Padding and end of sequence: no token is drawn that means either."""
-
-_apply_llama_rope = llama.apply_rope
 
 mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 loaded: dict[str, Any] = {}
@@ -50,7 +47,8 @@ class IdText:
         return NO_TOKEN
 
 
-def load(folder: str, dtype: str) -> dict[str, Any]:
+def read_model(folder: str, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The model in a folder, and its shape."""
     config = json.loads((Path(folder) / "config.json").read_text())
     shape = {
         "num_layers": config["num_hidden_layers"],
@@ -67,15 +65,20 @@ def load(folder: str, dtype: str) -> dict[str, Any]:
     if config["model_type"] == "qwen2":
         made, create = qwen.ModelConfig(use_tied_embedding=tied, **shape), qwen_params.create_model_from_safe_tensors
     else:
-        # Its attention does not pass the rotary base on: without this every Llama model gets 1,000,000.
-        llama.apply_rope = partial(_apply_llama_rope, rope_theta=config["rope_theta"])
         made, create = llama.ModelConfig(weight_tying=tied, **shape), llama_params.create_model_from_safe_tensors
-    loaded.clear()
     with mesh:
-        loaded["model"] = create(folder, made, mesh, dtype=jnp.dtype(dtype))
-    loaded["shape"], loaded["samplers"] = shape, {}
-    versions = {"google-tunix": metadata.version("google-tunix"), "tunix's jax": jax.__version__}
-    return {"versions": versions, "device": str(jax.devices()[0]), "variants": ["static"]}
+        return create(folder, made, mesh, dtype=jnp.dtype(dtype)), shape
+
+
+def versions() -> dict[str, str]:
+    return {"google-tunix": metadata.version("google-tunix"), "tunix's jax": jax.__version__}
+
+
+def load(folder: str, dtype: str) -> dict[str, Any]:
+    loaded.clear()
+    loaded["model"], loaded["shape"] = read_model(folder, dtype)
+    loaded["samplers"] = {}
+    return {"versions": versions(), "device": str(jax.devices()[0]), "variants": ["static"]}
 
 
 def _draw(prompts: list[list[int]], new_tokens: int, **options: Any) -> list[list[int]]:

@@ -146,6 +146,7 @@ class PromptPipeline:
         # Rows are tokenized already; padding them costs well under a millisecond a step and needs no threads.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._iterator = iter(dataset.to_iter_dataset(options))
+        self._batches, self._served = plan.total // prompts_per_step, 0
 
     def _make_batch(self, positions: Sequence[Any]) -> Prompts:
         mine = np.array(positions[self._rows], np.int64)
@@ -156,11 +157,22 @@ class PromptPipeline:
         return self
 
     def __next__(self) -> Prompts:
-        return next(self._iterator)
+        prompts = next(self._iterator)
+        self._served += 1
+        return prompts
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether all whole batches of the plan have been served."""
+        return self._served >= self._batches
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream is, and of what it is a stream: JSON-able, equal on every process."""
-        return {"iterator": self._iterator.get_state(), "fingerprint": dict(self._fingerprint)}
+        return {
+            "iterator": self._iterator.get_state(),
+            "served": self._served,
+            "fingerprint": dict(self._fingerprint),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after the batches served when the state was taken.
@@ -181,6 +193,7 @@ class PromptPipeline:
                 "data options of the saved run, or start in another run_dir"
             )
         self._iterator.set_state(state["iterator"])
+        self._served = state["served"]
 
     def close(self) -> None:
         self._iterator.close()

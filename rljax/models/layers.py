@@ -16,6 +16,20 @@ Weights = Mapping[str, jax.Array]
 Rope = tuple[jax.Array, jax.Array]
 
 
+LINEARS: dict[str, str] = {
+    "q": "...d,dnh->...nh",
+    "k": "...d,dnh->...nh",
+    "v": "...d,dnh->...nh",
+    "o": "...nh,nhd->...d",
+    "gate": "...d,df->...f",
+    "up": "...d,df->...f",
+    "down": "...f,fd->...d",
+}
+"""The matrices of a block in the learner's layout, and how each is applied.
+
+`NAME_lora_a` [*in, r] and `NAME_lora_b` [r, *out] may lie beside one (`rljax/models/lora.py`)."""
+
+
 def dot(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """Einsum in the dtype of `x`. float32 means float32 on TPU and GPU too, where the default would round to bf16."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -48,6 +62,37 @@ def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
+def matrix_dims(name: str) -> tuple[str, str]:
+    """Letters of the input and the output dims of one of `LINEARS`: ("d", "nh") of "q"."""
+    inputs, output = LINEARS[name].split("->")
+    return inputs.split(",")[0].removeprefix("..."), output.removeprefix("...")
+
+
+def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
+    """x W of the matrix `name`, and x W + (x A) B where an adapter lies beside it: A B is never formed."""
+    y = dot(LINEARS[name], x, weights[name])
+    if f"{name}_lora_a" in weights:
+        into, out = matrix_dims(name)
+        narrow = dot(f"...{into},{into}r->...r", x, weights[f"{name}_lora_a"])
+        y = y + dot(f"...r,r{out}->...{out}", narrow, weights[f"{name}_lora_b"])
+    return y
+
+
+def merge_adapters(weights: Weights) -> dict[str, jax.Array]:
+    """`weights` of one layer, or of all stacked, with W + A B for each W that has an adapter, in float32.
+
+    Without adapters they come back as they are.
+    """
+    merged = dict(weights)
+    for name in LINEARS:
+        if f"{name}_lora_a" in merged:
+            into, out = matrix_dims(name)
+            a, b = (merged.pop(f"{name}_lora_{side}").astype(jnp.float32) for side in "ab")
+            product = dot(f"...{into}r,...r{out}->...{into}{out}", a, b)
+            merged[name] = merged[name].astype(jnp.float32) + product
+    return merged
+
+
 def project_qkv(weights: Weights, arch: Architecture, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [..., N, H], keys and values [..., K, H] from `x` [..., D].
 
@@ -60,7 +105,7 @@ def project_qkv(weights: Weights, arch: Architecture, x: jax.Array) -> tuple[jax
             fused = fused + weights["qkv_bias"].astype(x.dtype)
         q = fused[..., :-2, :].reshape(*x.shape[:-1], arch.num_heads, arch.head_dim)
         return q, fused[..., -2, :], fused[..., -1, :]
-    q, k, v = (dot("...d,dnh->...nh", x, weights[name]) for name in "qkv")
+    q, k, v = (linear(weights, name, x) for name in "qkv")
     if arch.qkv_bias:
         q, k, v = (y + weights[f"{name}_bias"].astype(x.dtype) for name, y in zip("qkv", (q, k, v), strict=True))
     return q, k, v
@@ -70,7 +115,7 @@ def project_out(weights: Weights, context: jax.Array) -> jax.Array:
     """[..., D] from the heads' `context` [..., N, H]; the sampler's matrix has N and H merged."""
     if weights["o"].ndim == 2:
         return dot("...e,ed->...d", context.reshape(*context.shape[:-2], -1), weights["o"])
-    return dot("...nh,nhd->...d", context, weights["o"])
+    return linear(weights, "o", context)
 
 
 def swiglu(weights: Weights, x: jax.Array) -> jax.Array:
@@ -79,8 +124,8 @@ def swiglu(weights: Weights, x: jax.Array) -> jax.Array:
         fused = dot("...d,dcf->...cf", x, weights["gate_up"])
         gate, up = fused[..., 0, :], fused[..., 1, :]
     else:
-        gate, up = dot("...d,df->...f", x, weights["gate"]), dot("...d,df->...f", x, weights["up"])
-    return dot("...f,fd->...d", jax.nn.silu(gate) * up, weights["down"])
+        gate, up = linear(weights, "gate", x), linear(weights, "up", x)
+    return linear(weights, "down", jax.nn.silu(gate) * up)
 
 
 def decoder_block(

@@ -5,6 +5,9 @@ The parameter tree is the contract; nothing outside this file knows of Flax modu
   learner layout   {"embed": [V, D], "layers": {name: [L, ...]}, "final_norm": [D], "head": [D, V] if untied}
   sampler layout   the same with "layers" a list of dicts, q|k|v and gate|up fused, in the compute dtype
 
+In the learner layout a matrix may have a LoRA adapter beside it (`rljax/models/lora.py`); going over to the sampler's
+adds it in.
+
 Letters: B rows, T positions, P prompts, S prompt slots, L layers, D width, N query heads, K key/value heads, H head
 dim, F MLP width, V vocabulary.
 """
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 
 from rljax.config import Architecture
 from rljax.models.attention import NEVER, AttentionLayout, attention
-from rljax.models.layers import Rope, decoder_block, dot, rms_norm, rope_tables
+from rljax.models.layers import LINEARS, Rope, decoder_block, dot, merge_adapters, rms_norm, rope_tables
 
 Params = dict[str, Any]
 
@@ -58,6 +61,10 @@ class Block(nn.Module):
         weights: dict[str, Any] = {
             name: self.param(name, _initializer(name, axes), shape) for name, (shape, axes) in shapes.items()
         }
+        # Given beside the weights, not declared: their rank is no part of the architecture.
+        for name in (f"{matrix}_lora_{side}" for matrix in LINEARS for side in "ab"):
+            if self.has_variable("params", name):
+                weights[name] = self.get_variable("params", name)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attention(q, k, v, layout), None
@@ -158,7 +165,7 @@ def logits(params: Params, arch: Architecture, hidden: jax.Array) -> jax.Array:
 
 
 def sampler_params(params: Params, arch: Architecture, compute_dtype: Any) -> Params:
-    """Learner layout to sampler layout: cast, unstack, fuse. Jitted by the caller: this is the weight sync."""
+    """Learner layout to sampler layout: unstack, merge adapters, cast, fuse. Jitted by the caller: the weight sync."""
     groups = arch.num_heads // arch.num_kv_heads
 
     def fuse(weights: Params) -> Params:
@@ -173,9 +180,14 @@ def sampler_params(params: Params, arch: Architecture, compute_dtype: Any) -> Pa
         fused["gate_up"] = jnp.stack([weights["gate"], weights["up"]], axis=1)
         return fused
 
-    cast = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
-    layers = [fuse(jax.tree.map(lambda leaf, i=i: leaf[i], cast["layers"])) for i in range(arch.num_layers)]
-    return {**cast, "layers": layers}
+    def cast(tree: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(compute_dtype), tree)
+
+    layers = [
+        fuse(cast(merge_adapters({name: leaf[i] for name, leaf in params["layers"].items()})))
+        for i in range(arch.num_layers)
+    ]
+    return {**cast({name: params[name] for name in params if name != "layers"}), "layers": layers}
 
 
 def sampler_param_axes(arch: Architecture) -> Params:

@@ -92,7 +92,7 @@ def write_tensors(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
-        _write_shard(folder / file, shard, tensors, dtype)
+        write_file(folder / file, shard, tensors, dtype)
         weight_map |= dict.fromkeys(shard, file)
     if several:
         total = item * sum(math.prod(shape) for shape in shapes.values())
@@ -100,7 +100,7 @@ def write_tensors(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(file: Path, shard: dict[str, tuple[int, ...]], tensors: Iterator[np.ndarray], dtype: str) -> None:
+def write_file(file: Path, shard: dict[str, tuple[int, ...]], tensors: Iterator[np.ndarray], dtype: str) -> None:
     """u64 header length, JSON header, data. The safetensors package would need all of the file in memory."""
     stored_as = next(name for name, kind in DTYPES.items() if kind == np.dtype(dtype))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file

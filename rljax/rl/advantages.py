@@ -13,6 +13,21 @@ def _spread(rewards: np.ndarray) -> np.ndarray:
     return rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True)
 
 
+def has_spread(rewards: np.ndarray) -> np.ndarray:
+    """[P] bool: which groups teach something, because not all of their rewards are equal."""
+    return _spread(rewards)[:, 0]
+
+
+def groups_to_train_on(rewards: np.ndarray, count: int) -> np.ndarray:
+    """Ascending places [count] of the first groups with a spread in rewards [P, G], P >= count (DAPO).
+
+    Where there are too few, the first groups without a spread fill up.
+    """
+    spread = has_spread(rewards)
+    kept = np.flatnonzero(spread)[:count]
+    return np.sort(np.concatenate([kept, np.flatnonzero(~spread)[: count - len(kept)]]))
+
+
 def _minus(rewards: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     """r - baseline; exactly 0 where all rewards of a group are equal, whatever the baseline rounds to."""
     return np.where(_spread(rewards), rewards - baseline, 0.0)

@@ -67,6 +67,9 @@ CORRECTIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, Bounds], jax.A
 `clip` with `old_logprobs: recompute` and `token_truncate` is decoupled PPO (arXiv:2110.00641; AReaL, arXiv:2505.24298):
 the surrogate is clipped around pi_old, and pi_old / mu corrects for who sampled."""
 
+SEQUENCE_CORRECTIONS = {"sequence_truncate", "sequence_mask", "geometric_mask"}
+"""Those whose weights depend on the whole completion."""
+
 
 def behaviour_weights(
     gap: jax.Array, mask: jax.Array, sequences: jax.Array, algorithm: AlgorithmConfig

@@ -1,6 +1,7 @@
 """The learner of a run: what it holds, and a step of it on a batch of rollouts."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,13 +11,16 @@ import optax
 from jax.sharding import Mesh
 
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
+from rljax.costs import forward_flops, group_tokens, update_flops
 from rljax.mesh import microbatch_sharding, num_row_shards, replicated
-from rljax.metrics import Metric, WeightedMean, merge
+from rljax.metrics import Metric, Sum, WeightedMean, merge
+from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
+from rljax.rl.advantages import has_spread
 from rljax.rl.aggregation import UpdateLengths, token_weights
 from rljax.rl.losses import behaviour_gap, kl_of
 from rljax.rl.optimizer import init_state, make_optimizer
-from rljax.rl.packing import Packing, microbatches, pack, row_shape, train_batch
+from rljax.rl.packing import Packing, RowShape, microbatches, pack, row_shape, train_batch
 from rljax.rl.update import Compute, grpo_update, score
 from rljax.types import LENGTH, Rollouts, TrainBatch, TrainState, select_prompts
 
@@ -51,6 +55,50 @@ def fresh_state(params: Params, shapes: TrainState, optimizer: OptimizerConfig) 
     return make(params)
 
 
+@partial(jax.jit, static_argnames="dtype")
+def reference_copy(params: Params, dtype: str) -> Params:
+    """`params` as a reference model in `dtype`, in buffers of its own: an update donates those of the state."""
+    return jax.tree.map(lambda leaf: jnp.copy(leaf).astype(dtype), params)
+
+
+@partial(jax.jit, donate_argnames="reference")
+def _moved(reference: Params, params: Params, share: jax.Array | float) -> Params:
+    """`reference`, nearer to `params` by `share` of the way."""
+    return jax.tree.map(lambda old, new: old + share * (new - old), reference, params)
+
+
+def reference_dtype(algorithm: AlgorithmConfig, compute_dtype: str) -> str:
+    """The arithmetic's, in which a reference is only read. A running mean moves by less than bfloat16 resolves."""
+    return "float32" if algorithm.reference_update == "ema" else compute_dtype
+
+
+def checkpoint_shapes(shapes: TrainState, algorithm: AlgorithmConfig, compute_dtype: str) -> dict[str, Any]:
+    """What `Learner.checkpoint_state` gives for a state of `shapes`, as `ShapeDtypeStruct` with shardings."""
+    saved = dict(vars(shapes))
+    if algorithm.reference_update != "fixed":
+        dtype = reference_dtype(algorithm, compute_dtype)
+        saved["reference"] = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), shapes.params
+        )
+    return saved
+
+
+def update_shape(
+    arch: Architecture, mesh: Mesh, algorithm: AlgorithmConfig, prompts: int, prompt_slots: int, completion_slots: int
+) -> RowShape:
+    """Shape of the arrays of an update on `prompts` prompts of at most `prompt_slots` tokens."""
+    return row_shape(
+        arch,
+        prompt_slots,
+        completion_slots,
+        algorithm.group_size,
+        completions=prompts * algorithm.group_size,
+        row_shards=num_row_shards(mesh),
+        microbatch_tokens=algorithm.microbatch_tokens,
+        platform=mesh.devices.flat[0].platform,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class UpdateRows:
     """What one update learns from."""
@@ -58,21 +106,32 @@ class UpdateRows:
     batch: TrainBatch  # [M, b, T] leaves
     num_microbatches: np.ndarray  # [] int32, those in use
     packing: Packing
+    forward_flops: int  # of scoring it once
     metrics: dict[str, Metric]
 
 
 @dataclasses.dataclass
 class Learner:
-    """Owns the state, which every update donates, and the frozen reference."""
+    """Owns the state, which every update donates, and the reference."""
 
     state: TrainState
     reference: Params | None
-    """Parameters of the KL's other side; None when `algorithm.kl_coefficient` is 0."""
+    """Parameters of the KL's other side, with LoRA the base itself; None when `algorithm.kl_coefficient` is 0.
+
+    With `ema` and `periodic` it moves, and its buffers are the learner's own (`reference_copy`).
+    """
     arch: Architecture
     mesh: Mesh
     algorithm: AlgorithmConfig
     optimizer: OptimizerConfig
     compute: Compute
+    base: Params | None = None
+    """Frozen parameters that the LoRA adapter in `state` lies beside; None: `state` holds all parameters."""
+
+    @property
+    def params(self) -> Params:
+        """The policy's, for scores and the weight sync; an adapter lies beside its matrices."""
+        return attach(self.base, self.state.params, self.compute.lora_scale)
 
     def step(self, rollouts: Rollouts, advantages: np.ndarray) -> dict[str, Metric]:
         """`updates_per_step` optimizer updates, each on as many prompts, in order.
@@ -91,6 +150,7 @@ class Learner:
                     self.state,
                     self._on_device(rows.batch),
                     rows.num_microbatches,
+                    self.base,
                     arch=self.arch,
                     algorithm=self.algorithm,
                     optimizer=self.optimizer,
@@ -98,9 +158,23 @@ class Learner:
                 )
                 if index == 0:
                     # Later updates no longer hold the parameters that sampled.
-                    gap = gap or {name: metrics[name] for name in metrics if name.startswith("policy/behaviour_gap")}
+                    gap = gap or {name: metrics[name] for name in metrics if name.startswith("policy/behaviour_")}
                 merged = merge(merged, merge(metrics, rows.metrics))
         return merged | gap
+
+    def move_reference(self, step: int) -> None:
+        """After `step` (1, 2, ...): lets the reference follow the policy as `algorithm.reference_update` says."""
+        algorithm = self.algorithm
+        if algorithm.reference_update == "ema":
+            assert self.reference is not None, "there is no reference model; algorithm.kl_coefficient is 0"
+            self.reference = _moved(self.reference, self.state.params, 1 - algorithm.reference_ema_decay)
+        elif algorithm.reference_update == "periodic" and step % algorithm.reference_every_steps == 0:
+            self.reference = reference_copy(self.state.params, self.compute.dtype)
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What cannot be had again: the fields of the state, and the reference where it moves."""
+        moving = {"reference": self.reference} if self.algorithm.reference_update != "fixed" else {}
+        return vars(self.state) | moving
 
     def score(self, params: Params, rollouts: Rollouts) -> np.ndarray:
         """Log-probs [B, R] of the completions under `params` (learner layout); 0 after their ends."""
@@ -119,11 +193,16 @@ class Learner:
         assert self.reference is not None, "there is no reference model; algorithm.kl_coefficient is 0"
         old = rollouts.behaviour_logprobs
         if self.algorithm.old_logprobs == "recompute":
-            old = self.score(self.state.params, rollouts)
+            old = self.score(self.params, rollouts)
         gap = jnp.asarray(old - self.score(self.reference, rollouts))
         kl = np.asarray(kl_of(gap, self.algorithm.kl_estimator), np.float64)
         total = kl.sum(axis=1).reshape(-1, rollouts.group_size)  # both are 0 after the end, and so is an estimate of 0
-        metrics: dict[str, Metric] = {"policy/reference_kl": WeightedMean(total.sum(), rollouts.lengths.sum())}
+        passes = 2 if self.algorithm.old_logprobs == "recompute" else 1
+        once = forward_flops(self.arch, *group_tokens(rollouts.prompts.lengths, rollouts.lengths.reshape(total.shape)))
+        metrics: dict[str, Metric] = {
+            "policy/reference_kl": WeightedMean(total.sum(), rollouts.lengths.sum()),
+            "learner/model_flops": Sum(float(passes * once)),
+        }
         return self.algorithm.kl_coefficient * total, metrics
 
     def _parts(self, rollouts: Rollouts, advantages: np.ndarray) -> list[tuple[Rollouts, np.ndarray]]:
@@ -139,29 +218,23 @@ class Learner:
         kept = np.ones(len(lengths), bool)
         if zero_advantages_are_idle(algorithm):
             kept = (advantages != 0).any(axis=1)
-        shape = row_shape(
-            self.arch,
-            prompt_slots,
-            completion_slots,
-            rollouts.group_size,
-            completions=lengths.size,
-            row_shards=num_row_shards(self.mesh),
-            microbatch_tokens=algorithm.microbatch_tokens,
-            platform=self.mesh.devices.flat[0].platform,
-        )
+        shape = update_shape(self.arch, self.mesh, algorithm, len(lengths), prompt_slots, completion_slots)
         left = select_prompts(rollouts, np.flatnonzero(kept))
         packing = pack(left.prompts.lengths, lengths[kept], shape.positions)
         batch, in_use = microbatches(train_batch(left, advantages[kept], weights[kept], packing), shape)
         slots = in_use * shape.rows * shape.positions
+        computed = group_tokens(left.prompts.lengths, lengths[kept])
         idle_weight = float((weights * lengths)[~kept].sum())
         return UpdateRows(
             batch,
             np.int32(in_use),  # type: ignore[arg-type]
             packing,
+            forward_flops(self.arch, *computed),
             {
                 "policy/loss": WeightedMean(0.0, idle_weight),  # the loss of what was left out
                 "learner/padding_fraction": WeightedMean(slots - packing.used, slots),
                 "learner/dropped_group_fraction": WeightedMean(int((~kept).sum()), len(kept)),
+                "learner/model_flops": Sum(float(update_flops(self.arch, *computed))),
             },
         )
 
@@ -169,14 +242,17 @@ class Learner:
         """`updates` with reference and, if asked for, recomputed old log-probs, under the parameters as they are."""
         scored, gap = [], {}
         for rows in updates:
-            batch = rows.batch
+            batch, passes = rows.batch, 0
             if self.reference is not None and self.algorithm.kl_in == "loss":
                 batch = dataclasses.replace(batch, reference_logprobs=self._score(self.reference, rows))
+                passes += 1
             if self.algorithm.old_logprobs == "recompute":
-                old = self._score(self.state.params, rows)
+                old = self._score(self.params, rows)
                 gap = merge(gap, behaviour_gap(old, batch))
                 batch = dataclasses.replace(batch, old_logprobs=old)
-            scored.append(dataclasses.replace(rows, batch=batch))
+                passes += 1
+            metrics = merge(rows.metrics, {"learner/model_flops": Sum(float(passes * rows.forward_flops))})
+            scored.append(dataclasses.replace(rows, batch=batch, metrics=metrics))
         return scored, gap
 
     def _score(self, params: Params, rows: UpdateRows) -> jax.Array:
@@ -203,10 +279,17 @@ def zero_advantages_are_idle(algorithm: AlgorithmConfig) -> bool:
     return not with_kl and not with_penalty and algorithm.entropy_coefficient == 0
 
 
-def group_metrics(rewards: np.ndarray) -> dict[str, Metric]:
-    """Of rewards [P, G]: their mean and the share of groups from which nothing can be learnt."""
-    flat = rewards.max(axis=1) == rewards.min(axis=1)
+def group_metrics(rewards: np.ndarray) -> dict[str, float]:
+    """Of rewards [P, G]: what they are, how far they differ, and the share of groups from which nothing can be learnt.
+
+    `reward/std` is of all rewards, `reward/group_std` the mean over groups of their own, ddof 1 as in the advantages.
+    """
+    within = rewards.std(axis=1, ddof=min(rewards.shape[1] - 1, 1), dtype=np.float64)  # of a single reward: 0
     return {
-        "reward/mean": WeightedMean(float(rewards.sum()), rewards.size),
-        "reward/zero_spread_group_fraction": WeightedMean(float(flat.sum()), len(flat)),
+        "reward/mean": float(rewards.mean(dtype=np.float64)),
+        "reward/std": float(rewards.std(ddof=1, dtype=np.float64)) if rewards.size > 1 else 0.0,
+        "reward/min": float(rewards.min()),
+        "reward/max": float(rewards.max()),
+        "reward/group_std": float(within.mean()),
+        "reward/zero_spread_group_fraction": float(np.mean(~has_spread(rewards))),
     }

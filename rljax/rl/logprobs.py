@@ -1,6 +1,6 @@
-"""Log-probs of a batch under the learner.
+"""Hidden states and log-probs of a batch under the learner.
 
-Letters: B rows, T positions.
+Letters: B rows, T positions, D width.
 """
 
 from typing import Any
@@ -14,30 +14,21 @@ from rljax.models.scoring import token_logprobs
 from rljax.types import TrainBatch
 
 
+def batch_states(
+    params: Params, arch: Architecture, batch: TrainBatch, *, compute_dtype: Any, remat: str = "none"
+) -> jax.Array:
+    """Final hidden states [B, T, D] of `batch`."""
+    layout = AttentionLayout(batch.group, batch.completion)
+    return forward(params, arch, batch.tokens, batch.positions, layout, compute_dtype=compute_dtype, remat=remat)
+
+
 def batch_logprobs(
-    params: Params,
-    arch: Architecture,
-    batch: TrainBatch,
-    *,
-    temperature: float,
-    compute_dtype: Any,
-    remat: str,
-    entropy_gradient: bool = False,
+    params: Params, arch: Architecture, batch: TrainBatch, *, temperature: float, compute_dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probs, entropies) [B, T] float32 of each token of `batch` given those before it in its sequence.
 
     Of softmax(logits / temperature) over the full vocabulary, the distribution that was sampled. Values outside
-    `batch.loss_mask` are 0. Entropies carry a gradient only if asked to.
+    `batch.loss_mask` are 0. Has no gradient; `head.batch_loss` has.
     """
-    layout = AttentionLayout(batch.group, batch.completion)
-    hidden = forward(params, arch, batch.tokens, batch.positions, layout, compute_dtype=compute_dtype, remat=remat)
-    return token_logprobs(
-        params,
-        arch,
-        hidden,
-        batch.source,
-        batch.tokens,
-        batch.loss_mask,
-        temperature,  # type: ignore[arg-type]
-        entropy_gradient=entropy_gradient,
-    )
+    hidden = batch_states(params, arch, batch, compute_dtype=compute_dtype)
+    return token_logprobs(params, arch, hidden, batch.source, batch.tokens, batch.loss_mask, temperature)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig
 from rljax.metrics import Max, Metric, WeightedMean
-from rljax.rl.correction import behaviour_weights
+from rljax.rl.correction import SEQUENCE_CORRECTIONS, behaviour_weights
 from rljax.rl.sequences import sequence_ids, sequence_mean
 from rljax.types import TrainBatch
 
@@ -115,6 +115,13 @@ LOSSES: dict[str, PolicyLoss] = {
     "gspo": gspo_loss,
     "dppo_mask": dppo_mask_loss,
 }
+SEQUENCE_LOSSES = {"gspo"}
+"""Those in which a token's loss depends on its whole completion."""
+
+
+def is_by_token(algorithm: AlgorithmConfig) -> bool:
+    """Whether `grpo_loss` of a batch is the sum of those of its parts, wherever completions are cut."""
+    return algorithm.loss not in SEQUENCE_LOSSES and algorithm.correction not in SEQUENCE_CORRECTIONS
 
 
 # ------------------------------------------------------------------------------------------------------------------ KL
@@ -234,9 +241,14 @@ def grpo_loss(
 
 
 def behaviour_gap(logprobs: jax.Array, batch: TrainBatch) -> dict[str, Metric]:
-    """|learner - sampler| log-prob of the sampled tokens: the health gauge. Call it before the first update only."""
-    gap = jnp.where(batch.loss_mask, jnp.abs(logprobs - batch.behaviour_logprobs), 0.0)
+    """|learner - sampler| log-prob of the sampled tokens, and KL(sampler || learner) by k3: the health gauges.
+
+    Call it before the first update only.
+    """
+    gap = jnp.where(batch.loss_mask, batch.behaviour_logprobs - logprobs, 0.0)
+    count = jnp.sum(batch.loss_mask, dtype=jnp.float32)
     return {
-        "policy/behaviour_gap_max": Max(jnp.max(gap)),
-        "policy/behaviour_gap_mean": WeightedMean(jnp.sum(gap), jnp.sum(batch.loss_mask, dtype=jnp.float32)),
+        "policy/behaviour_kl": WeightedMean(jnp.sum(kl_of(gap, "k3")), count),
+        "policy/behaviour_gap_max": Max(jnp.max(jnp.abs(gap))),
+        "policy/behaviour_gap_mean": WeightedMean(jnp.sum(jnp.abs(gap)), count),
     }

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
-from rljax.metrics import Metric, merge
+from rljax.metrics import merge
+from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
+from rljax.rl.head import Metrics, batch_loss
 from rljax.rl.logprobs import batch_logprobs
-from rljax.rl.losses import behaviour_gap, grpo_loss
+from rljax.rl.losses import behaviour_gap, grpo_loss, is_by_token
 from rljax.rl.optimizer import apply_gradients
 from rljax.types import TrainBatch, TrainState
-
-Metrics = dict[str, Metric]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Compute:
     dtype: str = "float32"
     remat: str = "full"
     temperature: float = 1.0
+    lora_scale: float = 1.0
+    """Factor of a LoRA adapter's product."""
 
 
 def sum_over_microbatches(
@@ -61,6 +63,7 @@ def grpo_update(
     state: TrainState,
     batch: TrainBatch,
     num_microbatches: jax.Array,
+    base: Params | None = None,
     *,
     arch: Architecture,
     algorithm: AlgorithmConfig,
@@ -71,23 +74,30 @@ def grpo_update(
 
     The metrics' `policy/behaviour_gap_*` compare the sampler with the parameters before this update, so they mean
     something only for the first update after a weight sync.
+
+    Args:
+      base: frozen parameters that the adapter in `state` lies beside; None: `state` holds all of them.
     """
 
-    def loss(params: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
-        logprobs, entropies = batch_logprobs(
-            params,
+    def loss(logprobs: jax.Array, entropies: jax.Array, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+        value, metrics = grpo_loss(logprobs, entropies, rows, algorithm)
+        return value, metrics | behaviour_gap(logprobs, rows)
+
+    def whole_loss(trained: Params, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
+        return batch_loss(
+            loss,
+            attach(base, trained, compute.lora_scale),
             arch,
             rows,
+            by_token=is_by_token(algorithm),
+            train_head=base is None,
             temperature=compute.temperature,
             compute_dtype=compute.dtype,
             remat=compute.remat,
-            entropy_gradient=algorithm.entropy_coefficient != 0,
         )
-        value, metrics = grpo_loss(logprobs, entropies, rows, algorithm)
-        return value, metrics | behaviour_gap(jax.lax.stop_gradient(logprobs), rows)
 
     def gradient(rows: TrainBatch) -> tuple[Params, Metrics]:
-        return jax.grad(loss, has_aux=True)(state.params, rows)
+        return jax.grad(whole_loss, has_aux=True)(state.params, rows)
 
     grads, metrics = sum_over_microbatches(gradient, batch, num_microbatches)
     state, applied = apply_gradients(state, grads, optimizer)
@@ -107,7 +117,6 @@ def score(
             _at(batch, index),
             temperature=compute.temperature,
             compute_dtype=compute.dtype,
-            remat="none",
         )
         return jax.lax.dynamic_update_index_in_dim(scored, logprobs, index, 0)
 

@@ -5,7 +5,7 @@ row and not yet fed; the `lengths - 1` tokens before it are in the suffix cache,
 feeds `token` (to slot `slot`, at rotary position prompt length + lengths - 1) and draws the next.
 
 Letters: L lanes, W samples per lane, B = L * W rows, S prompt slots, R completion slots, K steps of a chunk, A admitted
-lanes, V vocabulary.
+lanes, U prompts that are run, V vocabulary.
 """
 
 import dataclasses
@@ -102,12 +102,12 @@ def _draw_next(
 def _prefill(
     params: Params, arch: Architecture, tokens: jax.Array, lengths: jax.Array, shards: int
 ) -> tuple[jax.Array, PrefixCache]:
-    """Runs each prompt once, tokens [L, S] right-padded: scores [L, V] of the first token, and the cache.
+    """Runs prompts, tokens [U, S] right-padded: scores [U, V] of the first token, and the cache.
 
     Pieces of prompts go one after the other where the attention scores of all would not fit.
     """
-    lanes, slots = tokens.shape
-    each = lanes // shards
+    prompts, slots = tokens.shape
+    each = prompts // shards
     piece = max(1, _PREFILL_SCORES // (arch.num_heads * slots * slots))
     count = next(n for n in range(-(-each // piece), each + 1) if each % n == 0)
 
@@ -132,8 +132,18 @@ def _prefill(
     return logits(params, arch, hidden), PrefixCache(keys, values, lengths)
 
 
+def _prefill_lanes(
+    params: Params, arch: Architecture, tokens: jax.Array, lengths: jax.Array, place: jax.Array | None, shards: int
+) -> tuple[jax.Array, PrefixCache]:
+    """Scores [L, V] and the cache of lanes whose prompts lie at `place` [L] among those of their shard."""
+    scores, prefix = _prefill(params, arch, tokens, lengths, shards)
+    if place is None:
+        return scores, prefix
+    return jax.tree.map(lambda leaf: _take(leaf, place, shards), (scores, prefix))
+
+
 def _first_tokens(
-    scores: jax.Array, lengths: jax.Array, sample_ids: jax.Array, limits: jax.Array, suffix: SuffixCache, settings: Any
+    scores: jax.Array, sample_ids: jax.Array, limits: jax.Array, suffix: SuffixCache, settings: DrawSettings
 ) -> tuple[DecodeState, Drawn]:
     """Rows with their first token, drawn from the `scores` [L, V] of their prompts."""
     rows = sample_ids.shape[0]
@@ -146,7 +156,7 @@ def _first_tokens(
         limits=limits,
         sample_ids=sample_ids,
     )
-    state, (token, logprob, kept) = _draw_next(state, jnp.repeat(scores, rows // lengths.shape[0], axis=0), settings)
+    state, (token, logprob, kept) = _draw_next(state, jnp.repeat(scores, rows // scores.shape[0], axis=0), settings)
     return state, Drawn(token[None], logprob[None], kept[None], state.lengths, state.stopped)
 
 
@@ -154,6 +164,7 @@ def start_wave(
     params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
+    place: jax.Array | None,
     sample_ids: jax.Array,
     limits: jax.Array,
     settings: DrawSettings,
@@ -162,13 +173,14 @@ def start_wave(
     slots: int,
     shards: int,
 ) -> tuple[PrefixCache, DecodeState, Drawn]:
-    """Runs the prompts, tokens [L, S] right-padded, and draws the first token of the rows, ids and limits [B].
+    """Runs the prompts, tokens [U, S] right-padded, and draws the first token of the rows, ids and limits [B].
 
-    `slots` is R; `shards` how many devices the rows are split over.
+    `place` [L] says which of its shard's prompts a lane continues, None: one of each lane. `slots` is R; `shards` how
+    many devices the rows are split over.
     """
-    scores, prefix = _prefill(params, arch, tokens, lengths, shards)
+    scores, prefix = _prefill_lanes(params, arch, tokens, lengths, place, shards)
     suffix = empty_suffix(prefix, sample_ids.shape[0], slots)
-    state, drawn = _first_tokens(scores, lengths, sample_ids, limits, suffix, settings)
+    state, drawn = _first_tokens(scores, sample_ids, limits, suffix, settings)
     return prefix, state, drawn
 
 
@@ -179,6 +191,7 @@ def admit(
     lane: jax.Array,
     tokens: jax.Array,
     lengths: jax.Array,
+    place: jax.Array | None,
     sample_ids: jax.Array,
     limits: jax.Array,
     settings: DrawSettings,
@@ -186,14 +199,14 @@ def admit(
     arch: Architecture,
     shards: int,
 ) -> tuple[PrefixCache, DecodeState, Drawn]:
-    """New prompts, tokens [A, S], take over the lanes `lane` [A]; ids and limits [A * W].
+    """New prompts, tokens [U, S], take over the lanes `lane` [A]; `place` [A] as in `start_wave`, ids, limits [A * W].
 
     `lane` counts within a shard; a value of L / shards or more is padding and changes nothing. `Drawn` is of the
     admitted rows, in their order.
     """
-    scores, fresh = _prefill(params, arch, tokens, lengths, shards)
+    scores, fresh = _prefill_lanes(params, arch, tokens, lengths, place, shards)
     width = sample_ids.shape[0] // lane.shape[0]
-    new, drawn = _first_tokens(scores, lengths, sample_ids, limits, SuffixCache([], []), settings)
+    new, drawn = _first_tokens(scores, sample_ids, limits, SuffixCache([], []), settings)
     rows_lane = (lane[:, None] * width + jnp.arange(width)).reshape(-1)
 
     def put(old: jax.Array, values: jax.Array, index: jax.Array) -> jax.Array:
@@ -205,7 +218,7 @@ def admit(
     prefix = PrefixCache(
         [put(old, x, lane) for old, x in zip(prefix.keys, fresh.keys, strict=True)],
         [put(old, x, lane) for old, x in zip(prefix.values, fresh.values, strict=True)],
-        put(prefix.lengths, lengths, lane),
+        put(prefix.lengths, fresh.lengths, lane),
     )
     changed = {
         name: put(getattr(state, name), getattr(new, name), rows_lane)

@@ -17,7 +17,7 @@ from rljax.sampling.cache import PrefixCache, SuffixCache
 from rljax.sampling.decode import DecodeState, Drawn, DrawSettings
 from rljax.sampling.loop import HostDrawn
 from rljax.sampling.programs import Programs
-from rljax.sampling.schedule import FREE, Shape
+from rljax.sampling.schedule import FREE, LanePrompts, Shape
 from rljax.types import Prompts
 
 
@@ -84,10 +84,10 @@ class DecodeDevice:
 
     # --------------------------------------------------------------------------------------------- what DecodeLoop asks
 
-    def start(self, shape: Shape, lane_prompt: np.ndarray, row_sample: np.ndarray) -> Drawn:
-        """Runs the prompts of `lane_prompt` [lanes] and draws the first token of every row."""
+    def start(self, shape: Shape, prompts: LanePrompts, row_sample: np.ndarray) -> Drawn:
+        """Runs the prompts of all lanes and draws the first token of every row."""
         self._prefix = self._state = None  # free the wave before
-        arguments = (self._params, *self._tables(lane_prompt, row_sample), self._settings)
+        arguments = (self._params, *self._tables(prompts, row_sample), self._settings)
         layers = self._arch.num_layers
         run = self._programs.get(
             ("start", shape, self._prompt_slots, self._variant),
@@ -99,9 +99,9 @@ class DecodeDevice:
         self._prefix, self._state, drawn = run(*arguments)
         return _begin_copy(drawn)
 
-    def admit(self, shape: Shape, lane: np.ndarray, lane_prompt: np.ndarray, row_sample: np.ndarray) -> Drawn:
+    def admit(self, shape: Shape, lane: np.ndarray, prompts: LanePrompts, row_sample: np.ndarray) -> Drawn:
         """Puts prompts into the lanes `lane`, which count within a shard."""
-        tables = self._tables(lane_prompt, row_sample)
+        tables = self._tables(prompts, row_sample)
         lane_on_device = jax.device_put(lane.astype(np.int32), self._on.rows)
         arguments = (self._params, self._prefix, self._state, lane_on_device, *tables, self._settings)
         layers = self._arch.num_layers
@@ -209,9 +209,9 @@ class DecodeDevice:
             run = self._programs.get((*key, self._prompt_slots), lambda a=arguments: program.lower(*a))
             cache.keys[layer], cache.values[layer] = run(*arguments)
 
-    def _tables(self, lane_prompt: np.ndarray, row_sample: np.ndarray) -> tuple[jax.Array, ...]:
-        """Prompt tokens and lengths by lane, ids and caps by row; a lane or row without anybody runs a short prompt."""
-        taken, prompt = lane_prompt != FREE, np.maximum(lane_prompt, 0)
+    def _tables(self, prompts: LanePrompts, row_sample: np.ndarray) -> tuple[jax.Array | None, ...]:
+        """Tokens and lengths by prompt, its place by lane, ids and caps by row; nobody has a short prompt."""
+        taken, prompt = prompts.prompts != FREE, np.maximum(prompts.prompts, 0)
         lengths = np.where(taken, self._prompts.lengths[prompt], 1)
         kept = self._prompts.tokens[:, : self._prompt_slots]
         tokens = np.zeros((len(prompt), self._prompt_slots), np.int32)
@@ -220,10 +220,11 @@ class DecodeDevice:
         tables = (
             tokens,
             lengths.astype(np.int32),
+            None if prompts.place is None else prompts.place.astype(np.int32),
             self._sample_ids[sample],
             np.where(rows, self._limits[sample], 0).astype(np.int32),
         )
-        return tuple(jax.device_put(table, self._on.rows) for table in tables)
+        return tuple(None if table is None else jax.device_put(table, self._on.rows) for table in tables)
 
 
 def _begin_copy(drawn: Drawn) -> Drawn:

@@ -13,7 +13,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rljax.sampling.schedule import FREE, Shape, Stats, fitting_level, grown, pack_rows, row_ladder, slot_ladder
+from rljax.sampling.schedule import (
+    FREE,
+    LanePrompts,
+    Shape,
+    Stats,
+    fitting_level,
+    grown,
+    most_prompts,
+    pack_rows,
+    row_ladder,
+    slot_ladder,
+)
 
 _SOON = 0.6
 """Share of the rows still live at which halving them is near."""
@@ -96,8 +107,8 @@ class Device(Protocol):
     Tables are [lanes or rows] of all shards, shard after shard. A sample is prompt * samples_per_prompt + g.
     """
 
-    def start(self, shape: Shape, lane_prompt: np.ndarray, row_sample: np.ndarray) -> Any: ...
-    def admit(self, shape: Shape, lane: np.ndarray, lane_prompt: np.ndarray, row_sample: np.ndarray) -> Any: ...
+    def start(self, shape: Shape, prompts: LanePrompts, row_sample: np.ndarray) -> Any: ...
+    def admit(self, shape: Shape, lane: np.ndarray, prompts: LanePrompts, row_sample: np.ndarray) -> Any: ...
     def decode(self, shape: Shape) -> Any: ...
     def reshape(self, old: Shape, new: Shape, rows: np.ndarray | None, lanes: np.ndarray | None) -> None: ...
     def cancel(self, shape: Shape, rows: np.ndarray) -> None: ...
@@ -203,10 +214,13 @@ class DecodeLoop:
         self._pending.append((self._row_sample.copy(), drawn, 0, None))
         self._read(keep=0 if self._longest == 1 else 1)
 
-    def _prompts(self, table: np.ndarray) -> np.ndarray:
-        """[lanes] prompt of each lane, FREE for none."""
-        first = table[:, 0]
-        return np.where(first == FREE, FREE, first // self.plan.samples_per_prompt)
+    def _prompts(self, table: np.ndarray) -> LanePrompts:
+        """Of lanes with the samples of `table` [lanes, width]: those of a prompt lie together, and it is run once."""
+        plan, first = self.plan, table[:, 0]
+        most = most_prompts(len(table) // plan.shards, plan.samples_per_prompt // plan.width)
+        prompts = LanePrompts.of(np.where(first == FREE, FREE, first // plan.samples_per_prompt), plan.shards, most)
+        self.stats.prompts_run += len(prompts.prompts)
+        return prompts
 
     def _refill(self) -> None:
         """Freed lanes take the next prompts, `admit_lanes` of each shard at a time."""

@@ -105,6 +105,32 @@ def pack_rows(row_sample: np.ndarray, live: np.ndarray, samples_per_prompt: int,
     return sources.reshape(-1)
 
 
+@dataclasses.dataclass(frozen=True)
+class LanePrompts:
+    """Which prompts are to be run for some lanes of all shards, shard after shard: each once per shard."""
+
+    prompts: np.ndarray  # [U] int64, FREE for none
+    place: np.ndarray | None  # [lanes], a lane's prompt among those of its shard; None: one of each lane, in order
+
+    @classmethod
+    def of(cls, lane_prompt: np.ndarray, shards: int, most: int) -> "LanePrompts":
+        """Of `lane_prompt` [lanes], FREE for none; `most` different ones per shard at most, as many are run."""
+        lanes = len(lane_prompt) // shards
+        if most == lanes:
+            return cls(lane_prompt, None)
+        prompts, place = np.full((shards, most), FREE), np.zeros((shards, lanes), np.int64)
+        for shard, mine in enumerate(lane_prompt.reshape(shards, lanes)):
+            different = list(dict.fromkeys(mine[mine != FREE].tolist()))
+            prompts[shard, : len(different)] = different
+            place[shard] = [different.index(prompt) if prompt != FREE else 0 for prompt in mine.tolist()]
+        return cls(prompts.reshape(-1), place.reshape(-1))
+
+
+def most_prompts(lanes: int, lanes_per_prompt: int) -> int:
+    """Most prompts that successive lanes can be of."""
+    return (lanes - 2) // lanes_per_prompt + 2
+
+
 @dataclasses.dataclass
 class Stats:
     """What a decode did, counted; all shards together."""
@@ -119,6 +145,8 @@ class Stats:
     """Of those, the ones that held a token a live row attended to."""
     prefix_slots_read: int = 0
     """Prefix cache entries attended, once per lane and step."""
+    prompts_run: int = 0
+    """Prompts put through the model, those of nobody included."""
     drawn_tokens: int = 0
     """Tokens of completions, first tokens included."""
     waves: int = 0

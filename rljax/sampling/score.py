@@ -50,10 +50,11 @@ def score_completions(
     for start in range(0, len(tokens), rows):
         part = [jax.device_put(x[start : start + rows].astype(np.int32), by_rows) for x in (tokens, bounds)]
         arguments = (params, *part, warmth)
-        run = programs.get(
-            ("score", rows, positions),
-            lambda a=arguments: jax.jit(partial(_score, arch=arch), out_shardings=by_rows).lower(*a),
-        )
+        with jax.set_mesh(mesh):
+            run = programs.get(
+                ("score", rows, positions),
+                lambda a=arguments: jax.jit(partial(_score, arch=arch), out_shardings=by_rows).lower(*a),
+            )
         scored.append(run(*arguments))
     whole = np.concatenate([np.asarray(part) for part in scored])
     logprobs = np.zeros((len(completions), int((ends - starts).max())), np.float32)

@@ -95,6 +95,7 @@ def test_resume_at_any_step_continues_the_same_stream(order):
         if step % 2:  # wherever the second one stands
             next(second)
         second.set_state(state)
+        assert first.is_exhausted == second.is_exhausted == (step == len(whole))
         rest = list(second)
         assert len(rest) == len(whole) - step and all(map(same, rest, whole[step:]))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rljax.rl.advantages import ADVANTAGES, group_advantages
+from rljax.rl.advantages import ADVANTAGES, group_advantages, groups_to_train_on
 
 ONE_OF_FOUR = np.array([[1.0, 0.0, 0.0, 0.0]], np.float32)
 
@@ -73,3 +73,14 @@ def test_opo_weighs_the_baseline_by_length() -> None:
 
 def test_clipped_advantages() -> None:
     np.testing.assert_allclose(advantages(ONE_OF_FOUR, "dr_grpo", clip=0.5), [[0.5, -0.25, -0.25, -0.25]])
+
+
+def test_the_first_groups_with_a_spread_are_trained_on() -> None:
+    flat, mixed = [1.0, 1.0], [0.0, 1.0]
+    rewards = np.array([flat, mixed, flat, mixed, mixed, mixed], np.float32)
+    assert groups_to_train_on(rewards, 3).tolist() == [1, 3, 4]  # the sixth is surplus
+    assert groups_to_train_on(rewards, 5).tolist() == [0, 1, 3, 4, 5]  # filled up with the first flat one
+    assert groups_to_train_on(rewards[:1], 1).tolist() == [0]
+    assert groups_to_train_on(rewards[[1, 0, 2, 2]], 3).tolist() == [0, 1, 2]
+    # As much as float32 tells apart is a spread, and what it does not is none.
+    assert groups_to_train_on(np.array([[0.1, 0.1], [0.1, np.nextafter(np.float32(0.1), 1)]], np.float32), 1) == [1]

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from test_update import make_learner, make_rollouts, some_advantages
 
+from rljax.costs import forward_flops, update_flops
+from rljax.rl.learner import checkpoint_shapes, group_metrics, reference_copy, reference_dtype
 from rljax.rl.losses import KL_ESTIMATORS
-from rljax.types import LENGTH, STOP
+from rljax.types import LENGTH, STOP, join_rollouts, select_prompts
 
 CUT = np.array([False, True, False, False, True, False, False, False])
 
@@ -67,3 +70,127 @@ def test_the_kl_taken_off_a_reward_is_that_of_its_tokens(tiny, tiny_params, mesh
     own = dataclasses.replace(learner.algorithm, old_logprobs="recompute")
     assert not dataclasses.replace(learner, algorithm=own).kl_penalty(rollouts)[0].any()
     assert "policy/reference_kl" not in learner.step(rollouts, some_advantages())  # it is not in the loss
+
+
+def test_parts_joined_are_the_whole() -> None:
+    whole = make_rollouts()
+    whole = dataclasses.replace(whole, kept_mass=np.random.default_rng(0).random((8, 14), np.float32))
+    joined = join_rollouts([select_prompts(whole, [0]), select_prompts(whole, [1])])
+    for part in (whole, whole.prompts):
+        same = joined if part is whole else joined.prompts
+        for name, value in vars(part).items():
+            if name != "prompts":
+                np.testing.assert_array_equal(getattr(same, name), value)
+    assert select_prompts(joined, [1]).prompts.records == select_prompts(whole, [1]).prompts.records
+
+
+# ----------------------------------------------------------------------------------------------------- moving reference
+
+
+def moving_learner(params, arch, mesh, **options):
+    """A learner whose reference is a copy, as `train` makes it."""
+    learner = make_learner(params, arch, mesh, **options)
+    dtype = reference_dtype(learner.algorithm, learner.compute.dtype)
+    return dataclasses.replace(learner, reference=reference_copy(params, dtype))
+
+
+def numbers(tree) -> list[np.ndarray]:
+    return [np.array(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+
+
+def test_a_running_mean_follows_the_policy_after_each_step(tiny, tiny_params, mesh) -> None:
+    learner = moving_learner(tiny_params, tiny, mesh, reference_update="ema", reference_ema_decay=0.9)
+    expected = numbers(tiny_params)
+    for step in (1, 2):
+        learner.step(make_rollouts(step), some_advantages())
+        before = numbers(learner.reference)
+        learner.move_reference(step)
+        expected = [0.9 * old + 0.1 * new for old, new in zip(expected, numbers(learner.state.params), strict=True)]
+        assert all((a != b).any() for a, b in zip(before, numbers(learner.reference), strict=True))
+        for now, wanted in zip(numbers(learner.reference), expected, strict=True):
+            np.testing.assert_allclose(now, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_periodic_reference_is_the_policy_of_that_step(tiny, tiny_params, mesh) -> None:
+    learner = moving_learner(tiny_params, tiny, mesh, reference_update="periodic", reference_every_steps=2)
+    kl = []
+    for step in (1, 2, 3):
+        kl.append(learner.step(make_rollouts(step), some_advantages())["policy/reference_kl"].value())
+        learner.move_reference(step)
+        at_start = not learner.kl_penalty(make_rollouts())[0].any()
+        assert at_start == (step == 2)  # the policy has no distance from itself, right after the copy only
+        if step == 1:
+            jax.tree.map(np.testing.assert_array_equal, learner.reference, tiny_params)
+    assert min(kl) > 0
+    # The third step donated the policy's buffers, and the copy outlived them.
+    assert all((a != b).any() for a, b in zip(numbers(learner.reference), numbers(learner.state.params), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "dtypes"),
+    [
+        ({"reference_update": "ema", "reference_ema_decay": 0.9}, {"float32"}),
+        ({"reference_update": "periodic", "reference_every_steps": 2}, {"bfloat16"}),
+        ({}, set()),
+    ],
+)
+def test_a_checkpoint_holds_a_reference_that_moves(tiny, tiny_params, mesh, options, dtypes) -> None:
+    """A running mean in float32, whatever the arithmetic; a fixed reference is not saved."""
+    learner = make_learner(tiny_params, tiny, mesh, **options)
+    learner = dataclasses.replace(learner, compute=dataclasses.replace(learner.compute, dtype="bfloat16"))
+    copy = reference_copy(tiny_params, reference_dtype(learner.algorithm, "bfloat16"))
+    saved = dataclasses.replace(learner, reference=copy).checkpoint_state()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), learner.state)
+    template = checkpoint_shapes(shapes, learner.algorithm, "bfloat16")
+    assert jax.tree.structure(saved) == jax.tree.structure(template)
+    for leaf, shape in zip(jax.tree.leaves(saved), jax.tree.leaves(template), strict=True):
+        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(saved.get("reference"))} == dtypes
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_of_rewards() -> None:
+    metrics = group_metrics(np.array([[0, 1], [1, 1], [0, 0]], np.float32))
+    assert metrics == pytest.approx(
+        {
+            "reward/mean": 0.5,
+            "reward/std": np.sqrt(1.5 / 5),
+            "reward/min": 0,
+            "reward/max": 1,
+            "reward/group_std": np.sqrt(0.5) / 3,
+            "reward/zero_spread_group_fraction": 2 / 3,
+        }
+    )
+    assert group_metrics(np.ones((1, 1), np.float32))["reward/std"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"kl_coefficient": 0.0, "old_logprobs": "behaviour", "updates_per_step": 1}, 0),
+        ({"old_logprobs": "recompute"}, 2),
+    ],
+)
+def test_flops_of_a_step_are_those_of_each_token_once(tiny, tiny_params, mesh, options, passes) -> None:
+    """An update and as many rescoring passes; a prompt counts once for its four completions."""
+    learner = make_learner(tiny_params, tiny, mesh, **options)
+    metrics = learner.step(make_rollouts(), some_advantages())
+    expected = 0
+    for prompt, lengths in ((5, (1, 14, 3, 7)), (9, (2, 11, 5, 9))):
+        context = prompt * (prompt + 1) // 2 + sum(prompt * n + n * (n + 1) // 2 for n in lengths)
+        counts = prompt + sum(lengths), context, sum(lengths)
+        expected += update_flops(tiny, *counts) + passes * forward_flops(tiny, *counts)
+    assert metrics["learner/model_flops"].value() == expected
+    if passes:  # policy and reference, as a KL in the reward has them scored
+        assert learner.kl_penalty(make_rollouts())[1]["learner/model_flops"].value() == expected * passes / (3 + passes)
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_coefficient": 0.0, "old_logprobs": "behaviour", "updates_per_step": 1}])
+def test_the_kl_to_the_sampler_is_that_before_the_first_update(tiny, tiny_params, mesh, options) -> None:
+    rollouts = make_rollouts()
+    learner = make_learner(tiny_params, tiny, mesh, **options)
+    gap = rollouts.behaviour_logprobs - learner.score(tiny_params, rollouts)  # 0 after the ends
+    expected = (np.exp(-gap) - 1 + gap).clip(max=10).sum() / 52
+    assert learner.step(rollouts, some_advantages())["policy/behaviour_kl"].value() == pytest.approx(expected, rel=1e-4)

@@ -57,7 +57,7 @@ def weights_of(rollouts: Rollouts, aggregation: str = "token_mean") -> np.ndarra
 
 
 def logprobs_of(params, arch, batch: TrainBatch):
-    return batch_logprobs(params, arch, batch, temperature=1.0, compute_dtype="float32", remat="none")
+    return batch_logprobs(params, arch, batch, temperature=1.0, compute_dtype="float32")
 
 
 def make_batch(params, arch, packing: Packing) -> TrainBatch:
@@ -105,7 +105,7 @@ def assert_same_gradient(a: TrainState, b: TrainState, tolerance: float = 1e-6) 
     assert float(difference) / norm < tolerance
 
 
-@pytest.mark.parametrize("rows_each", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows_each", [1, 3, 4])
 def test_microbatch_split_does_not_matter(tiny, tiny_params, mesh, batch, rows_each) -> None:
     whole, whole_metrics = updated(tiny_params, tiny, mesh, batch, 8)
     parts, part_metrics = updated(tiny_params, tiny, mesh, batch, rows_each)
@@ -116,10 +116,10 @@ def test_microbatch_split_does_not_matter(tiny, tiny_params, mesh, batch, rows_e
 
 
 @pytest.mark.parametrize(
-    ("row_length", "num_rows", "copies"),
-    [(128, 1, 2), (64, 2, 3), (23, 4, 4)],  # groups side by side; one split, its part beside the other; both split
+    ("row_length", "num_rows", "copies", "rows_each"),
+    # Groups side by side, and a row of padding; one split, its part beside the other; both split.
+    [(128, 1, 2, 2), (64, 2, 3, 1), (23, 4, 4, 1), (23, 4, 4, 2)],
 )
-@pytest.mark.parametrize("rows_each", [1, 2])
 def test_packed_rows_give_the_gradient_of_one_completion_per_row(
     tiny, tiny_params, mesh, batch, row_length, num_rows, copies, rows_each
 ) -> None:
@@ -166,7 +166,7 @@ def test_a_rewarded_completion_becomes_likelier(tiny, tiny_params, mesh, batch) 
     made = train_batch(rollouts, only, weights_of(rollouts), packing)
     before, _ = logprobs_of(tiny_params, tiny, made)
     made = dataclasses.replace(made, old_logprobs=before, reference_logprobs=before)
-    state, metrics = updated(tiny_params, tiny, mesh, made, 8)
+    state, metrics = updated(tiny_params, tiny, mesh, made, 1)
     after, _ = logprobs_of(state.params, tiny, made)
     change = packing.by_completion(np.asarray(after) - np.asarray(before), 14).sum(axis=1)
     assert change.argmax() == 5 and change[5] > 0
@@ -185,7 +185,7 @@ def test_uniform_logits_score_minus_log_vocabulary(tiny, tiny_params) -> None:
     flat = jax.tree.map(jnp.zeros_like, tiny_params)
     rollouts = make_rollouts()
     made = train_batch(rollouts, np.zeros((2, 4)), weights_of(rollouts), packed(rollouts, 64))
-    logprobs, entropy = batch_logprobs(flat, tiny, made, temperature=0.5, compute_dtype="float32", remat="none")
+    logprobs, entropy = batch_logprobs(flat, tiny, made, temperature=0.5, compute_dtype="float32")
     mask = np.asarray(made.loss_mask)
     np.testing.assert_allclose(np.asarray(logprobs)[mask], -np.log(37), rtol=1e-6)
     np.testing.assert_allclose(np.asarray(entropy)[mask], np.log(37), rtol=1e-6)

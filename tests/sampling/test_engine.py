@@ -36,9 +36,7 @@ def test_behaviour_logprobs_are_the_learners(sampler, tiny, tiny_params, tempera
     rollouts = generate(sampler, make_prompts([5, 16, 1, 9, 12]), temperature=temperature)
     packing = pack(rollouts.prompts.lengths, rollouts.lengths.reshape(5, 4), row_length=128)
     batch = train_batch(rollouts, np.ones((5, 4)), np.ones((5, 4)), packing)
-    learner, entropy = batch_logprobs(
-        tiny_params, tiny, batch, temperature=temperature, compute_dtype="float32", remat="none"
-    )
+    learner, entropy = batch_logprobs(tiny_params, tiny, batch, temperature=temperature, compute_dtype="float32")
     assert batch.loss_mask.sum() == rollouts.lengths.sum() > 300
     np.testing.assert_allclose(learner, batch.behaviour_logprobs, atol=1e-5)
     assert float(jnp.where(batch.loss_mask, entropy, 1).min()) > 0

@@ -1,6 +1,8 @@
 """What is sampled does not depend on how it is decoded: waves, growth, compaction, refill, chunks, or dead memory."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,44 +29,49 @@ WAYS = {
 }
 
 
-def sampler(tiny, params, mesh, options: EngineOptions = EngineOptions()) -> Sampler:  # noqa: B008
-    return Sampler(params, tiny, mesh, stop_ids=(1,), options=options)
-
-
 def generate(sampler: Sampler, prompts=PROMPTS, samples: int = 8, **settings) -> Rollouts:
     return sampler.generate(prompts, samples, **{"key": KEY, "max_completion_tokens": CAP} | settings)
 
 
 @pytest.fixture(scope="module")
-def plain(tiny, tiny_params, mesh) -> Rollouts:
+def engine(tiny, tiny_params, mesh) -> Callable[[EngineOptions], Sampler]:
+    """The sampler of some options; one for all tests, so that its programs are compiled once."""
+    return functools.cache(lambda options: Sampler(tiny_params, tiny, mesh, stop_ids=(1,), options=options))
+
+
+@pytest.fixture(scope="module")
+def plain(engine) -> Rollouts:
     """One wave with a cache of full length: nothing ever changes shape."""
-    return generate(sampler(tiny, tiny_params, mesh, EngineOptions(growth=1.0, compact=False)))
+    return generate(engine(EngineOptions(growth=1.0, compact=False)))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_token_depends_on_the_way(plain, tiny, tiny_params, mesh, way: str) -> None:
-    engine = sampler(tiny, tiny_params, mesh, WAYS[way])
-    rollouts = generate(engine)
+def test_no_token_depends_on_the_way(plain, engine, way: str) -> None:
+    sampler = engine(WAYS[way])
+    rollouts = generate(sampler)
     assert plain.lengths.sum() > 20_000
     assert plain.lengths.min() < 10 and (plain.lengths == CAP).any()
     np.testing.assert_array_equal(rollouts.tokens, plain.tokens)
     np.testing.assert_array_equal(rollouts.lengths, plain.lengths)
     np.testing.assert_array_equal(rollouts.stop_reasons, plain.stop_reasons)
     np.testing.assert_allclose(rollouts.behaviour_logprobs, plain.behaviour_logprobs, atol=1e-5)
-    stats = engine.stats
+    stats = sampler.stats
     assert stats.drawn_tokens == plain.lengths.sum()
     assert stats.waves == {"waves of 96": 6}.get(way, 1)
     assert (stats.admissions > 0) == way.startswith("refilled")
+    # Samples that are admitted together, 5 or 8 of them, are of two prompts at most, and each is run once.
+    at_first = {"refilled, 64 at once": 9, "refilled, 40 at once, full cache": 6}.get(way, len(PROMPTS))
+    assert stats.prompts_run == at_first + 2 * stats.admissions
     assert (stats.reshapes > 0) or way == "refilled, 40 at once, full cache"
-    again = generate(engine)  # the same shapes: the same bits
+    again = generate(sampler)  # the same shapes: the same bits
     np.testing.assert_array_equal(again.tokens, rollouts.tokens)
     np.testing.assert_array_equal(again.behaviour_logprobs, rollouts.behaviour_logprobs)
 
 
-def test_dead_memory_has_no_influence(tiny, tiny_params, mesh, monkeypatch) -> None:
+def test_dead_memory_has_no_influence(engine, monkeypatch) -> None:
     """NaN in every slot that holds no token of a live row, before every chunk, changes not a bit."""
-    engine = sampler(tiny, tiny_params, mesh, EngineOptions(chunk_tokens=16, max_rows=64))
-    clean = generate(engine)
+    sampler = engine(EngineOptions(max_rows=64))
+    clean = generate(sampler)
     decode, poisoned = DecodeDevice.decode, []
 
     def poison(self: DecodeDevice, shape):
@@ -90,23 +97,23 @@ def test_dead_memory_has_no_influence(tiny, tiny_params, mesh, monkeypatch) -> N
         return decode(self, shape)
 
     monkeypatch.setattr(DecodeDevice, "decode", poison)
-    dirty = generate(engine)
+    dirty = generate(sampler)
     assert sum(poisoned) > 10_000
     np.testing.assert_array_equal(dirty.tokens, clean.tokens)
     np.testing.assert_array_equal(dirty.behaviour_logprobs, clean.behaviour_logprobs)
 
 
-def test_every_completion_may_have_its_own_cap(plain, tiny, tiny_params, mesh) -> None:
+def test_every_completion_may_have_its_own_cap(plain, engine) -> None:
     caps = np.random.default_rng(0).integers(1, CAP + 1, 576)
-    rollouts = generate(sampler(tiny, tiny_params, mesh), max_completion_tokens=caps)
+    rollouts = generate(engine(EngineOptions()), max_completion_tokens=caps)
     np.testing.assert_array_equal(rollouts.lengths, np.minimum(caps, plain.lengths))
     kept = np.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
     longest = rollouts.tokens.shape[1]
     np.testing.assert_array_equal(rollouts.tokens, np.where(kept, plain.tokens[:, :longest], 0))
 
 
-def test_groups_are_told_of_once_and_whole(plain, tiny, tiny_params, mesh) -> None:
-    for options in (EngineOptions(chunk_tokens=16), EngineOptions(max_rows=64)):
+def test_groups_are_told_of_once_and_whole(engine) -> None:
+    for options in (EngineOptions(), EngineOptions(max_rows=64)):
         told: dict[int, Rollouts] = {}
         during = []
 
@@ -115,7 +122,7 @@ def test_groups_are_told_of_once_and_whole(plain, tiny, tiny_params, mesh) -> No
             told[prompt] = group
             during.append(int(group.lengths.max()))
 
-        rollouts = generate(sampler(tiny, tiny_params, mesh, options), on_group=on_group)
+        rollouts = generate(engine(options), on_group=on_group)
         assert sorted(told) == list(range(72))
         assert during != [max(during)] * 72
         for prompt, group in told.items():
@@ -125,14 +132,14 @@ def test_groups_are_told_of_once_and_whole(plain, tiny, tiny_params, mesh) -> No
                 np.testing.assert_array_equal(getattr(group, name), getattr(rollouts, name)[rows])
 
 
-def test_score_gives_the_log_probs_that_were_sampled(plain, tiny, tiny_params, mesh) -> None:
-    engine = sampler(tiny, tiny_params, mesh)
+def test_score_gives_the_log_probs_that_were_sampled(plain, engine) -> None:
+    sampler = engine(EngineOptions())
     completions = [row[:n] for row, n in zip(plain.tokens, plain.lengths, strict=True)]
-    scored = engine.score(PROMPTS, completions)
+    scored = sampler.score(PROMPTS, completions)
     np.testing.assert_allclose(scored, plain.behaviour_logprobs[:, : scored.shape[1]], atol=1e-5)
-    warm = generate(engine, temperature=0.5)
+    warm = generate(sampler, temperature=0.5)
     completions = [row[:n] for row, n in zip(warm.tokens, warm.lengths, strict=True)]
-    scored = engine.score(PROMPTS, completions, temperature=0.5)
+    scored = sampler.score(PROMPTS, completions, temperature=0.5)
     np.testing.assert_allclose(scored, warm.behaviour_logprobs[:, : scored.shape[1]], atol=2e-5)
     with pytest.raises(ValueError, match="71 completions of 72 prompts"):
-        engine.score(PROMPTS, completions[:71])
+        sampler.score(PROMPTS, completions[:71])

@@ -7,10 +7,12 @@ import pytest
 
 from rljax.sampling.schedule import (
     FREE,
+    LanePrompts,
     Shape,
     Stats,
     fitting_level,
     grown,
+    most_prompts,
     pack_rows,
     row_ladder,
     slot_ladder,
@@ -68,6 +70,23 @@ def test_compaction_keeps_every_live_row_and_its_prompt() -> None:
             taken = lane[lane != FREE]
             assert len(set(samples[taken] // group)) <= 1
             assert (lane[: len(taken)] != FREE).all()  # the first row of a lane that is used is
+
+
+def test_a_prompt_is_run_once_for_the_lanes_of_a_shard() -> None:
+    lanes = np.array([3, 3, 4, FREE, 4, 4, 5, 6])
+    prompts = LanePrompts.of(lanes, shards=2, most=3)
+    assert prompts.prompts.tolist() == [3, 4, FREE, 4, 5, 6]
+    assert prompts.place is not None
+    assert prompts.place.tolist() == [0, 0, 1, 0, 0, 0, 1, 2]
+    one_each = LanePrompts.of(lanes, shards=2, most=4)
+    assert one_each.prompts.tolist() == lanes.tolist()
+    assert one_each.place is None
+
+
+@pytest.mark.parametrize(("lanes", "each"), [(1, 8), (2, 8), (9, 8), (10, 8), (32, 8), (6, 1), (5, 4), (1, 1)])
+def test_most_prompts_is_what_successive_lanes_can_be_of(lanes: int, each: int) -> None:
+    counts = [len({lane // each for lane in range(start, start + lanes)}) for start in range(each)]
+    assert max(counts) == most_prompts(lanes, each)
 
 
 def test_fitting_level_waits_for_the_fullest_shard() -> None:

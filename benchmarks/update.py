@@ -1,0 +1,209 @@
+"""How long one GRPO update takes, reference pass included, against torch eager in the same run.
+
+    python benchmarks/update.py                                    # rljax alone
+    python benchmarks/update.py --peer torch                       # and torch (make bench-peers)
+    python benchmarks/update.py --ablations                        # what each choice of the learner is worth
+
+Both learn from the same completions with the same advantages; float32, KL on. A row is void when log-probs or the norm
+of the first gradient differ. Lines go to benchmarks/results/update.jsonl (format: README.md).
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ablations import Ablation, Variant, measured
+from common import RESULTS, Contender, Line, append, compared, describe_cpu, interleaved, line, run_fields, versions
+from contenders import Setup, Void
+from learning import TorchUpdate, Update, advantages_of, check_logprobs, draw, load_learner, ungrouped
+from models import model_folder
+from peer import Worker
+from roofline import Ceilings, learning_flops, measure_ceilings, update_floor_seconds
+from sampling import chosen, print_row, started
+from workloads import ARCHS, DEFAULT_TRAINING_ROWS, TRAINING_ROWS
+
+from rljax.config import ARCHITECTURES
+from rljax.models.qwen2 import logits, param_shapes
+from rljax.models.scoring import head_params
+from rljax.rl.head import Head
+from rljax.types import TrainBatch
+
+ABLATIONS = {
+    "prompts": {"repeated": {"alone": True}, "shared": {}},
+    "reference": {"on": {}, "off": {"kl_coefficient": 0.0}},
+    "remat": {"none": {}, "dots": {"remat": "dots"}, "full": {"remat": "full"}},
+}
+"""Variants by ablation; the first is what the others are set against."""
+EQUAL = 1e-3
+"""Largest relative difference of the first gradient's norm between variants."""
+HEAD_TOKENS = 2048
+"""Of the loss head whose memory is counted."""
+
+
+def head_lines(fields: Line) -> list[Line]:
+    """Temporary memory of the loss head's gradient at V = 151,936, in chunks and with all logits at once.
+
+    What the compiler says of its buffers, parameters and their gradients not among them; nothing is run.
+    """
+    arch = ARCHITECTURES["qwen2.5-0.5b"]
+    shape = (1, HEAD_TOKENS)
+    params = head_params(param_shapes(arch), arch)
+    hidden = jax.ShapeDtypeStruct((*shape, arch.hidden_size), jnp.float32)
+    kinds = {"int32": jnp.int32, "bool": jnp.bool_, "float32": jnp.float32}
+    ids = dict.fromkeys(("tokens", "positions", "group", "completion", "source"), "int32") | {"loss_mask": "bool"}
+    fields_of = {field.name: kinds[ids.get(field.name, "float32")] for field in dataclasses.fields(TrainBatch)}
+    batch = TrainBatch(**{name: jax.ShapeDtypeStruct(shape, kind) for name, kind in fields_of.items()})  # type: ignore
+
+    def total(logprobs: jax.Array, entropies: jax.Array, rows: TrainBatch) -> tuple[jax.Array, dict[str, Any]]:
+        del entropies, rows
+        return logprobs.sum(), {}
+
+    def whole(params: Any, hidden: jax.Array, batch: TrainBatch) -> Any:
+        def loss(params: Any, hidden: jax.Array) -> jax.Array:
+            predicting = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
+            scored = jax.nn.log_softmax(logits(params, arch, predicting), axis=-1)
+            chosen = jnp.take_along_axis(scored, batch.tokens[..., None], axis=-1)[..., 0]
+            return jnp.sum(jnp.where(batch.loss_mask, chosen, 0.0))
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
+
+    chunked = Head(total, arch, 1.0, by_token=True, train_head=True).value_and_gradients
+    made: dict[str, float] = {}
+    for name, head in (("whole", whole), ("chunked", chunked)):
+        compiled = jax.jit(head).lower(params, hidden, batch).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None, "the backend does not say what memory a program needs"
+        made[name] = memory.temp_size_in_bytes / 2**30
+    case = {"model": "0.5b", "batch": 1, "lengths": "fixed", "tokens": HEAD_TOKENS, "vocab": arch.vocab_size}
+    lines = []
+    for name, size in made.items():
+        own = line(fields, case | {"ablation": "head", "variant": name}, "temporary memory", "GiB", [size])
+        lines.append(own | {"baseline": "whole", "ratio": round(made["whole"] / size, 3)})
+        print(f"  loss head, {HEAD_TOKENS} tokens, {name}: {size:.3f} GiB", flush=True)
+    return lines
+
+
+def run_ablation(name: str, row: str, setup: Setup) -> list[Line]:
+    """Measures one ablation on one row.
+
+    Raises:
+      Void: variants disagree, or too little of it ran undisturbed.
+    """
+    workload = TRAINING_ROWS[row]
+    folder = model_folder(workload.model, "float32")
+    rollouts = draw(folder, workload)
+    norms: dict[str, float] = {}
+    variants = []
+    for kind, options in ABLATIONS[name].items():
+        options = dict(options)
+        learned = ungrouped(rollouts) if options.pop("alone", False) else rollouts
+        learner = load_learner(folder, ARCHS[workload.model], group=workload.group, **options)
+        advantages = advantages_of(rollouts, learner).reshape(len(learned.prompts), learned.group_size)
+        update = Update(learner, learned, advantages)
+        norms[kind] = update.warm_up()["policy/grad_norm"]
+
+        def detail(update: Update = update) -> Line:
+            padding = 100 * update.metrics["learner/padding_fraction"]
+            return {"peak_gib": round(update.peak_mib / 1024, 4), "padding": round(padding, 2)}
+
+        variants.append(Variant(kind, update.run, float(rollouts.lengths.sum()), None, detail))
+    # At the first update the KL and its gradient are 0, so that this holds without it too.
+    first = next(iter(norms.values()))
+    if not all(abs(norm - first) <= EQUAL * first for norm in norms.values()):
+        raise Void(f"{name} of {row}: the first gradients differ: {norms}")
+    return measured(name, Ablation(workload.case() | {"dtype": "float32"}, variants), setup)
+
+
+def run_row(row: str, ceilings: Ceilings, workers: list[Worker], setup: Setup) -> list[Line]:
+    """Measures one row, prints it and returns its lines.
+
+    Raises:
+      Void: log-probs or gradients differ, or too little of it ran undisturbed.
+    """
+    workload = TRAINING_ROWS[row]
+    arch, folder = ARCHS[workload.model], model_folder(workload.model, "float32")
+    rollouts = draw(folder, workload)
+    learner = load_learner(folder, arch, group=workload.group)
+    peers = [TorchUpdate(worker, folder) for worker in workers]
+    for worker in workers:
+        worker.ask("load", folder=str(folder), dtype="float32")
+    check_logprobs(learner, rollouts, workers)
+    ours = Update(learner, rollouts, advantages_of(rollouts, learner))
+    first = ours.warm_up()
+    contenders = [Contender("rljax", os.getpid(), ours.run)]
+    contenders += [peer.contender(workload, ours, first) for peer in peers]
+    times = interleaved(contenders, setup.repeats, measure=setup.measure)
+    enough = min(2, setup.repeats)
+    if short := [name for name, seconds in times.items() if len(seconds) < enough]:
+        raise Void(f"{row}: other processes disturbed too many updates of {', '.join(short)}")
+    case, seconds = workload.case() | {"dtype": "float32"}, times["rljax"]
+    prompts, lengths = rollouts.prompts.lengths, rollouts.lengths
+    flops = learning_flops(arch, prompts, lengths)
+    floor = update_floor_seconds(arch, prompts, lengths, ceilings)
+    values: list[tuple[str, str, list[float]]] = [
+        ("update", "seconds", seconds),
+        ("throughput", "tokens/s", [int(lengths.sum()) / s for s in seconds]),
+        ("mfu", "%", [100 * flops / (s * ceilings.matmul_flops) for s in seconds]),
+        ("roofline", "%", [100 * floor / s for s in seconds]),
+        ("padding", "%", [100 * ours.metrics["learner/padding_fraction"]]),
+        ("peak memory", "GiB", [ours.peak_mib / 1024]),
+    ]
+    lines = [line(setup.fields, case, metric, unit, numbers) for metric, unit, numbers in values]
+    lines = [m | ({"ceilings": ceilings.as_fields()} if m["metric"] in ("mfu", "roofline") else {}) for m in lines]
+    for peer in peers:
+        name, variant = peer.worker.name, {"peer_variant": peer.variant}
+        fields = {**setup.fields, "versions": {**setup.fields["versions"], **peer.versions}}
+        speed = compared(seconds, times[name], more_is_better=False) | variant
+        memory = compared([ours.peak_mib / 1024], [peer.peak_mib / 1024], more_is_better=False) | variant
+        lines.append(line(fields, case, "update", "seconds", seconds, against=(name, speed)))
+        lines.append(line(fields, case, "peak memory", "GiB", [ours.peak_mib / 1024], against=(name, memory)))
+    print_row(row, lines)
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(DEFAULT_TRAINING_ROWS), help="rows by name or pattern")
+    parser.add_argument("--peer", action="append", default=[], choices=["torch"])
+    parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for a quiet machine")
+    parser.add_argument("--out", type=Path, default=RESULTS / "update.jsonl")
+    parser.add_argument("--busy", action="store_true", help="count every repeat, whatever else runs: a rehearsal")
+    parser.add_argument("--ablations", nargs="*", metavar="NAME", choices=[*ABLATIONS, "head"], help="these, or all")
+    given = parser.parse_args()
+    rows = chosen(given.cases, TRAINING_ROWS)
+    fields = run_fields("update", describe_cpu(), versions(("rljax", "jax", "jaxlib", "flax", "optax")))
+    setup = Setup(fields, "float32", given.reps, given.patience, given.out, not given.busy)
+    problems = []
+    if given.ablations is not None:
+        names = given.ablations or [*ABLATIONS, "head"]
+        if "head" in names:
+            append(setup.out, head_lines(fields))
+        for name, row in ((name, row) for name in names if name in ABLATIONS for row in rows):
+            try:
+                append(setup.out, run_ablation(name, row, setup))
+            except Void as void:
+                problems.append(str(void))
+            jax.clear_caches()
+    else:
+        ceilings = measure_ceilings("float32")
+        print(f"  ceilings: {ceilings.as_fields()}", flush=True)
+        with started(given.peer) as workers:
+            for row in rows:
+                try:
+                    append(setup.out, run_row(row, ceilings, workers, setup))
+                except Void as void:
+                    problems.append(f"{row}: {void}")
+                jax.clear_caches()
+    for problem in problems:
+        print(f"VOID {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
