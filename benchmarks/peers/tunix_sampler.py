@@ -6,6 +6,7 @@ Its one variant, `static`, runs a batch to its longest row: a compiled loop over
 import json
 import os
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tunix.models.qwen2 import params as qwen_params
 
 NO_TOKEN = -1
 """Padding and end of sequence: no token is drawn that means either."""
+
+_apply_llama_rope = llama.apply_rope
 
 mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 loaded: dict[str, Any] = {}
@@ -65,6 +68,8 @@ def read_model(folder: str, dtype: str) -> tuple[Any, dict[str, Any]]:
     if config["model_type"] == "qwen2":
         made, create = qwen.ModelConfig(use_tied_embedding=tied, **shape), qwen_params.create_model_from_safe_tensors
     else:
+        # Its attention does not pass the rotary base on: without this every Llama model gets 1,000,000.
+        llama.apply_rope = partial(_apply_llama_rope, rope_theta=config["rope_theta"])
         made, create = llama.ModelConfig(weight_tying=tied, **shape), llama_params.create_model_from_safe_tensors
     with mesh:
         return create(folder, made, mesh, dtype=jnp.dtype(dtype)), shape

@@ -36,6 +36,32 @@ def dot(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, weight.astype(x.dtype), precision=precision)
 
 
+def columns(x: jax.Array) -> jax.Array:
+    """[D, rows] of `x` [..., D], for `dot_columns`."""
+    return _settled(x.reshape(-1, x.shape[-1]).T)
+
+
+def dot_columns(spec: str, weight: jax.Array, x: jax.Array) -> jax.Array:
+    """W x of an output-major weight [*out, D] and `columns` [D, rows]: [*out, rows], `spec` an einsum of the two.
+
+    XLA:CPU rearranges the right operand of a product before it multiplies, and the few rows of a decode step are less
+    to rearrange than a weight: 1.4 to 2 times as fast up to 32 rows, no slower beyond.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(spec, weight.astype(x.dtype), x, precision=precision)
+
+
+def rows_of(columns: jax.Array, like: jax.Array) -> jax.Array:
+    """[..., *out] of `columns` [*out, rows], the leading dims those of `like` [..., D]."""
+    rows = jnp.moveaxis(_settled(columns), -1, 0)
+    return rows.reshape(*like.shape[:-1], *rows.shape[1:])
+
+
+def _settled(x: jax.Array) -> jax.Array:
+    """`x` as an array of its own on a CPU, where XLA would otherwise fold its transpose into the product."""
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis; the mean in float32."""
     x32 = x.astype(jnp.float32)
@@ -100,7 +126,7 @@ def project_qkv(weights: Weights, arch: Architecture, x: jax.Array) -> tuple[jax
     shard holds whole groups: qkv[:, k] = N/K query heads, then the key, then the value.
     """
     if "qkv" in weights:
-        fused = dot("...d,dkjh->...kjh", x, weights["qkv"])
+        fused = rows_of(dot_columns("kjhd,dm->kjhm", weights["qkv"], columns(x)), x)
         if arch.qkv_bias:
             fused = fused + weights["qkv_bias"].astype(x.dtype)
         q = fused[..., :-2, :].reshape(*x.shape[:-1], arch.num_heads, arch.head_dim)
@@ -114,17 +140,17 @@ def project_qkv(weights: Weights, arch: Architecture, x: jax.Array) -> tuple[jax
 def project_out(weights: Weights, context: jax.Array) -> jax.Array:
     """[..., D] from the heads' `context` [..., N, H]; the sampler's matrix has N and H merged."""
     if weights["o"].ndim == 2:
-        return dot("...e,ed->...d", context.reshape(*context.shape[:-2], -1), weights["o"])
+        merged = context.reshape(*context.shape[:-2], -1)
+        return rows_of(dot_columns("de,em->dm", weights["o"], columns(merged)), merged)
     return linear(weights, "o", context)
 
 
 def swiglu(weights: Weights, x: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x)), `x` [..., D]; gate and up fused in the sampler's layout."""
     if "gate_up" in weights:
-        fused = dot("...d,dcf->...cf", x, weights["gate_up"])
-        gate, up = fused[..., 0, :], fused[..., 1, :]
-    else:
-        gate, up = linear(weights, "gate", x), linear(weights, "up", x)
+        gate, up = dot_columns("cfd,dm->cfm", weights["gate_up"], columns(x))
+        return rows_of(dot_columns("df,fm->dm", weights["down"], jax.nn.silu(gate) * up), x)
+    gate, up = linear(weights, "gate", x), linear(weights, "up", x)
     return linear(weights, "down", jax.nn.silu(gate) * up)
 
 

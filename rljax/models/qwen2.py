@@ -3,7 +3,8 @@
 The parameter tree is the contract; nothing outside this file knows of Flax modules.
 
   learner layout   {"embed": [V, D], "layers": {name: [L, ...]}, "final_norm": [D], "head": [D, V] if untied}
-  sampler layout   the same with "layers" a list of dicts, q|k|v and gate|up fused, in the compute dtype
+  sampler layout   the same with "layers" a list of dicts, q|k|v and gate|up fused, their matrices output-major, in the
+                   compute dtype
 
 In the learner layout a matrix may have a LoRA adapter beside it (`rljax/models/lora.py`); going over to the sampler's
 adds it in.
@@ -171,13 +172,15 @@ def sampler_params(params: Params, arch: Architecture, compute_dtype: Any) -> Pa
     def fuse(weights: Params) -> Params:
         fused = {name: weights[name] for name in weights if name not in ("q", "k", "v", "gate", "up")}
         q = weights["q"].reshape(arch.hidden_size, arch.num_kv_heads, groups, arch.head_dim)
-        fused["qkv"] = jnp.concatenate([q, weights["k"][:, :, None], weights["v"][:, :, None]], axis=2)
+        qkv = jnp.concatenate([q, weights["k"][:, :, None], weights["v"][:, :, None]], axis=2)
+        fused["qkv"] = jnp.moveaxis(qkv, 0, -1)
         if arch.qkv_bias:
             q_bias = fused.pop("q_bias").reshape(arch.num_kv_heads, groups, arch.head_dim)
             k_bias, v_bias = fused.pop("k_bias")[:, None], fused.pop("v_bias")[:, None]
             fused["qkv_bias"] = jnp.concatenate([q_bias, k_bias, v_bias], axis=1)
-        fused["o"] = weights["o"].reshape(-1, arch.hidden_size)
-        fused["gate_up"] = jnp.stack([weights["gate"], weights["up"]], axis=1)
+        fused["o"] = weights["o"].reshape(-1, arch.hidden_size).T
+        fused["gate_up"] = jnp.stack([weights["gate"].T, weights["up"].T])
+        fused["down"] = weights["down"].T
         return fused
 
     def cast(tree: Params) -> Params:
@@ -194,9 +197,10 @@ def sampler_param_axes(arch: Architecture) -> Params:
     """Logical axis names of the sampler layout."""
     axes = param_axes(arch)
     layer = {name: names[1:] for name, names in axes["layers"].items() if name not in ("q", "k", "v", "gate", "up")}
-    layer["qkv"] = ("embed", "kv_heads", "heads_per_kv", "head_dim")
-    layer["o"] = ("heads", "embed")
-    layer["gate_up"] = ("embed", "gate_up", "mlp")
+    layer["qkv"] = ("kv_heads", "heads_per_kv", "head_dim", "embed")
+    layer["o"] = ("embed", "heads")
+    layer["gate_up"] = ("gate_up", "mlp", "embed")
+    layer["down"] = ("embed", "mlp")
     if arch.qkv_bias:
         for name in ("q_bias", "k_bias", "v_bias"):
             del layer[name]
