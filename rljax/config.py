@@ -106,8 +106,9 @@ class ModelConfig:
     """Hub revision (commit) of `path`; empty: the newest."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; masters are float32. auto: bfloat16 on TPU and GPU, float32 on CPU."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing, everything but matmuls, or each whole layer."""
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    """What the backward pass recomputes: nothing, everything but matmuls, or each whole layer. auto: the first of these
+    whose activations fit the memory; a run notes its choice in config.yaml and continues with it."""
 
 
 @dataclasses.dataclass(frozen=True)
