@@ -237,6 +237,8 @@ def grpo_loss(
     if algorithm.kl_coefficient > 0 and algorithm.kl_in == "loss":
         to_reference = jnp.where(mask, inputs.logprobs - batch.reference_logprobs, 0.0)
         kl = jnp.where(mask, kl_of(to_reference, algorithm.kl_estimator), 0.0)
+        if algorithm.kl_importance_weight:
+            kl = kl * inputs.ratio
         metrics["policy/reference_kl"] = WeightedMean(jnp.sum(kl), count)
         loss = loss + algorithm.kl_coefficient * jnp.sum(kl * batch.weights)
     if algorithm.entropy_coefficient:

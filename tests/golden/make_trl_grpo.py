@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo, on policy": {"loss_type": "grpo", "beta": 0.0, "num_iterations": 1},
     "bnpo": {"loss_type": "bnpo", "beta": 0.0, "epsilon": 0.1},
     "dr_grpo": {"loss_type": "dr_grpo", "beta": 0.0, "scale_rewards": "none"},
-    "dapo": {"loss_type": "dapo", "beta": 0.04, "epsilon_high": 0.28},
+    "dapo": {"loss_type": "dapo", "beta": 0.04, "epsilon_high": 0.28, "use_bias_correction_kl": False},
     "dapo, cut ones masked": {"loss_type": "dapo", "beta": 0.0, "mask_truncated_completions": True},
     "cispo": {"loss_type": "cispo", "beta": 0.0, "epsilon_high": 1.5, "scale_rewards": "batch"},
 }
@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 ALIKE = {
     "num_iterations": 2, "learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 0.5, "adam_beta2": 0.999,
     "epsilon": 0.2, "epsilon_high": None, "scale_rewards": "group", "mask_truncated_completions": False,
+    "use_bias_correction_kl": True,
 }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def algorithm_of(case: dict[str, Any]) -> AlgorithmConfig:
         dual_clip=0.0,
         aggregation=AGGREGATION[case["loss_type"]],  # type: ignore[arg-type]
         kl_coefficient=case["beta"],
+        kl_importance_weight=case["use_bias_correction_kl"],
         old_logprobs="behaviour" if case["num_iterations"] > 1 else "current",
         overlong="mask" if case["mask_truncated_completions"] else "keep",
         microbatch_tokens=64,
