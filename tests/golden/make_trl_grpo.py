@@ -63,7 +63,9 @@ def rollouts() -> tuple[list[list[int]], list[list[int]], list[float]]:
 
 def id_text() -> PreTrainedTokenizerFast:
     """Tokenizer of texts that are ids with blanks between."""
-    tokenizer = Tokenizer(models.WordLevel({"pad": 0, "end": END} | {str(i): i for i in range(2, SHAPE["vocab_size"])}, unk_token="pad"))
+    tokenizer = Tokenizer(
+        models.WordLevel({"pad": 0, "end": END} | {str(i): i for i in range(2, SHAPE["vocab_size"])}, unk_token="pad")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="pad", eos_token="end")
 
