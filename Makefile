@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The CPU is what is tested; a GPU or TPU that happens to be there must not change the numbers.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart demo test parity lint clean bench-peers bench-sampling bench-step
+.PHONY: quickstart demo test parity lint clean bench-peers bench-sampling bench-step golden-trl golden-smoke
 
 quickstart: $(VENV)/installed  ## a tiny model learns column addition; minutes on two cores
 	rm -rf runs/quickstart
@@ -38,6 +38,13 @@ bench-sampling: $(VENV)/demo $(PEERS)  ## rollouts against transformers and Tuni
 
 bench-step: $(VENV)/demo $(PEERS)  ## whole GRPO iterations against TRL and Tunix; leave the machine alone meanwhile
 	$(BIN)/python benchmarks/step.py --peer trl --peer tunix
+
+golden-trl: .venv-trl/installed  ## what TRL makes of frozen rollouts, which the tests compare with
+	.venv-trl/bin/python tests/golden/make_trl_grpo.py
+
+golden-smoke: $(VENV)/dev  ## the numbers of configs/smoke.yaml, which a change of the code must not move
+	rm -rf runs/smoke
+	PYTHONPATH=tests $(BIN)/python -m golden.smoke runs/smoke
 
 clean:
 	rm -rf $(VENV) $(PARITY) .venv-hf .venv-tunix .venv-trl runs .pytest_cache .ruff_cache .hypothesis build *.egg-info

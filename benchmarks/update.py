@@ -12,11 +12,13 @@ import argparse
 import dataclasses
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ablations import Ablation, Variant, measured
 from common import RESULTS, Contender, Line, append, compared, describe_cpu, interleaved, line, run_fields, versions
 from contenders import Setup, Void
@@ -25,9 +27,11 @@ from models import model_folder
 from peer import Worker
 from roofline import Ceilings, learning_flops, measure_ceilings, update_floor_seconds
 from sampling import chosen, print_row, started
+from steps import Program
 from workloads import ARCHS, DEFAULT_TRAINING_ROWS, TRAINING_ROWS
 
 from rljax.config import ARCHITECTURES
+from rljax.models.attention import AttentionLayout, attention
 from rljax.models.qwen2 import logits, param_shapes
 from rljax.models.scoring import head_params
 from rljax.rl.head import Head
@@ -41,8 +45,42 @@ ABLATIONS = {
 """Variants by ablation; the first is what the others are set against."""
 EQUAL = 1e-3
 """Largest relative difference of the first gradient's norm between variants."""
-HEAD_TOKENS = 2048
+HEAD_TOKENS = 4096
 """Of the loss head whose memory is counted."""
+ATTENTION_ROWS, ATTENTION_HEADS, ATTENTION_HEAD_DIM = 4, 4, 64
+ATTENTION_LENGTHS = (512, 1024, 2048)
+ATTENTION_ERROR = 1e-4
+"""Largest difference between backends of the sum of context and gradients, whose entries are of size 1."""
+PARTS = ("head", "attention")
+"""Ablations of a part alone, which no row chooses."""
+
+
+def attention_ablation(length: int) -> Ablation:
+    """Forward and backward of the learner's attention: whole score matrices or block by block, on causal rows.
+
+    Raises:
+      Void: the two differ.
+    """
+    shape = (ATTENTION_ROWS, length, ATTENTION_HEADS, ATTENTION_HEAD_DIM)
+    layout = AttentionLayout.right_padded(jnp.full(ATTENTION_ROWS, length), length)
+
+    def both_ways(key: jax.Array, layout: AttentionLayout, *, backend: str) -> jax.Array:
+        q, k, v, d = (jax.random.normal(each, shape) for each in jax.random.split(key, 4))
+        context, pull = jax.vjp(partial(attention, layout=layout, backend=backend), q, k, v)
+        return sum(pull(d), context)
+
+    work = ATTENTION_ROWS * length
+    programs = {name: Program(partial(both_ways, backend=name), work, layout) for name in ("dense", "blockwise")}
+    first, *others = (program.result() for program in programs.values())
+    if any(np.abs(other - first).max() > ATTENTION_ERROR for other in others):
+        raise Void(f"attention of {length} positions: backends differ by more than {ATTENTION_ERROR}")
+    case = {"model": "attention", "batch": ATTENTION_ROWS, "lengths": "fixed", "positions": length, "dtype": "float32"}
+    return Ablation(case, [Variant(name, p.run, float(p.work), None) for name, p in programs.items()])
+
+
+def attention_lines(length: int, setup: Setup) -> list[Line]:
+    """Measures `attention_ablation`."""
+    return measured("attention", attention_ablation(length), setup)
 
 
 def head_lines(fields: Line) -> list[Line]:
@@ -174,19 +212,22 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for a quiet machine")
     parser.add_argument("--out", type=Path, default=RESULTS / "update.jsonl")
     parser.add_argument("--busy", action="store_true", help="count every repeat, whatever else runs: a rehearsal")
-    parser.add_argument("--ablations", nargs="*", metavar="NAME", choices=[*ABLATIONS, "head"], help="these, or all")
+    parser.add_argument("--ablations", nargs="*", metavar="NAME", choices=[*ABLATIONS, *PARTS], help="these, or all")
     given = parser.parse_args()
     rows = chosen(given.cases, TRAINING_ROWS)
     fields = run_fields("update", describe_cpu(), versions(("rljax", "jax", "jaxlib", "flax", "optax")))
     setup = Setup(fields, "float32", given.reps, given.patience, given.out, not given.busy)
     problems = []
     if given.ablations is not None:
-        names = given.ablations or [*ABLATIONS, "head"]
+        names = given.ablations or [*ABLATIONS, *PARTS]
         if "head" in names:
             append(setup.out, head_lines(fields))
-        for name, row in ((name, row) for name in names if name in ABLATIONS for row in rows):
+        made = [partial(run_ablation, name, row, setup) for name in names if name in ABLATIONS for row in rows]
+        if "attention" in names:
+            made += [partial(attention_lines, length, setup) for length in ATTENTION_LENGTHS]
+        for run in made:
             try:
-                append(setup.out, run_ablation(name, row, setup))
+                append(setup.out, run())
             except Void as void:
                 problems.append(str(void))
             jax.clear_caches()

@@ -106,8 +106,9 @@ class ModelConfig:
     """Hub revision (commit) of `path`; empty: the newest."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; masters are float32. auto: bfloat16 on TPU and GPU, float32 on CPU."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing, everything but matmuls, or each whole layer."""
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    """What the backward pass recomputes: nothing, everything but matmuls, or each whole layer. auto: the first of these
+    whose activations fit the memory; a run notes its choice in config.yaml and continues with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +237,9 @@ class AlgorithmConfig:
     """reward: kl_coefficient times a completion's summed KL is taken off its reward before advantages are computed."""
     kl_estimator: Literal["k1", "abs", "k2", "k3", "k1+", "k3+"] = "k3"
     """+: the value of the one named, the gradient of k2."""
+    kl_importance_weight: bool = False
+    """In the loss: the estimate times policy / old policy, so that in expectation its gradient is the reverse KL's
+    (DeepSeek-V3.2, arXiv:2512.02556; TRL's default)."""
     reference_update: Literal["fixed", "ema", "periodic"] = "fixed"
     """fixed: the starting model. ema: a running mean of the policy. periodic: a copy of it, renewed now and then."""
     reference_ema_decay: float = 0.0
@@ -556,6 +560,11 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ConfigError(
             f"algorithm.correction_low = {algorithm.correction_low} is above algorithm.correction_high = "
             f"{algorithm.correction_high}: no ratio is trusted; exchange them"
+        )
+    if algorithm.kl_in == "reward" and algorithm.kl_importance_weight:
+        raise ConfigError(
+            "algorithm.kl_importance_weight = true with algorithm.kl_in = 'reward': a reward has no gradient to be "
+            "corrected; set kl_in to 'loss' or kl_importance_weight to false"
         )
     if algorithm.kl_in == "reward" and algorithm.advantage == "reinforce_pp":
         raise ConfigError(

@@ -162,6 +162,66 @@ def weight_bytes(arch: Architecture, dtype: str) -> int:
     return num_params(arch) * BYTES[dtype]
 
 
+def kept_bytes_per_token(arch: Architecture, dtype: str, remat: str, *, scores: int, tensor: int = 1) -> int:
+    """What the backward pass of one layer finds of each token, kept by the forward pass under this rung of remat.
+
+    In entries, those of the residual stream whole on each of `tensor` devices and the others split over them:
+
+      full   D, the layer's input
+      dots   2 D + N H + 2 K H + 2 F, what the matmuls give that the backward pass needs
+      none   6 D + 3 N H + 2 K H + 6 F + N, two of the D and N in float32 (norms, softmax); with query-key norms
+             2 (N + K) H more, half of them in float32; with a whole score matrix two `scores` N more, one in float32
+
+    Args:
+      scores: keys of each query whose scores are kept: the row length where the whole matrix is, else 0.
+    """
+    size, heads, kv = BYTES[dtype], arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    if remat == "full":
+        return size * arch.hidden_size
+    if remat == "dots":
+        return size * 2 * arch.hidden_size + size * (heads + 2 * kv + 2 * arch.mlp_size) // tensor
+    split = size * (3 * heads + 2 * kv + 6 * arch.mlp_size) + 4 * arch.num_heads
+    split += arch.qk_norm * (size + 4) * (heads + kv)
+    split += (size + 4) * scores * arch.num_heads
+    return (4 * size + 2 * 4) * arch.hidden_size + split // tensor
+
+
+def update_bytes(
+    arch: Architecture,
+    dtype: str,
+    remat: str,
+    *,
+    tokens: int,
+    scores: int,
+    logits: int,
+    trained_params: int,
+    tensor: int = 1,
+    shards: int = 1,
+) -> int:
+    """Memory of an update on one device beside what it is given: an upper estimate of the compiler's temporary bytes.
+
+    The layers' activations, and one layer's once more, which is recomputed or being differentiated; three times the
+    trained parameters in float32 (the gradient summed so far, a micro-batch's, copies in other layouts); one layer's
+    weights, gathered and cast; the head's gradient and its weights as computed with; two chunks of logits.
+
+    Args:
+      tokens: slots of a micro-batch on the device.
+      scores: as in `kept_bytes_per_token`.
+      logits: entries of a chunk of them.
+      trained_params: of the whole model.
+      tensor: devices that split a layer's columns.
+      shards: devices that split the parameters, those included.
+    """
+    kept = kept_bytes_per_token(arch, dtype, remat, scores=scores, tensor=tensor)
+    again = kept_bytes_per_token(arch, dtype, "none", scores=scores, tensor=tensor)
+    needed = tokens * (arch.num_layers * kept + again) + 3 * 4 * trained_params // shards
+    needed += matmul_params(arch) // arch.num_layers * BYTES[dtype] // tensor
+    needed += head_params(arch) * (4 + BYTES[dtype]) // tensor + 2 * 4 * logits // tensor
+    if remat == "none" and dtype != "float32":  # layers that are not computed again keep their weights as cast
+        needed += matmul_params(arch) * BYTES[dtype] // shards
+    return needed
+
+
 def kv_bytes_per_token(arch: Architecture, dtype: str) -> int:
     """2 L K H entries: a key and a value per layer and key-value head."""
     return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * BYTES[dtype]

@@ -4,6 +4,7 @@ Arrays name their dims logically (`rljax/models/qwen2.py`); two rule tables say 
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -90,3 +91,22 @@ def param_shardings(mesh: Mesh, shapes: Any, axes: Any, rules: Rules) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
+
+
+def free_bytes(mesh: Mesh) -> int:
+    """Unused memory of the fullest of this process's devices; its share of the machine's where the backend is silent.
+
+    Raises:
+      RuntimeError: neither the backend nor the machine says.
+    """
+    devices = mesh.local_devices
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in each for each in stats):
+        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 // len(devices)
+    raise RuntimeError(
+        f"neither {devices[0]} nor {meminfo} says how much memory is free; give sampling.max_rows and model.remat"
+    )

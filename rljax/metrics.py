@@ -181,7 +181,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "completion/length_min_tokens": "completions/min_length",
         "completion/length_max_tokens": "completions/max_length",
         "completion/truncated_fraction": "completions/clipped_ratio",
-        "policy/loss": "loss",
+        "policy/objective": "loss",
         "policy/entropy": "entropy",
         "policy/reference_kl": "kl",
         "policy/clip_fraction": "clip_ratio/region_mean",

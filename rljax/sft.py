@@ -21,6 +21,7 @@ from rljax.models.qwen2 import Params
 from rljax.policy import Policy, open_policy
 from rljax.rl.head import Metrics, batch_loss
 from rljax.rl.learner import fresh_state, state_shapes
+from rljax.rl.memory import choose_remat
 from rljax.rl.optimizer import apply_gradients
 from rljax.rl.packing import filled_rows, microbatches, pack, row_shape
 from rljax.rl.update import Compute, sum_over_microbatches
@@ -126,7 +127,6 @@ def sft(config: RunConfig) -> Path:
     optimizer = dataclasses.replace(
         config.optimizer, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    compute = Compute(policy.compute_dtype, config.model.remat, lora_scale=config.lora.scale)
     shapes = state_shapes(policy.trained_shapes, optimizer, policy.mesh)
     base = policy.load_base(config.seed)
     state = fresh_state(policy.fresh_trained(config.seed), shapes, optimizer)
@@ -142,6 +142,9 @@ def sft(config: RunConfig) -> Path:
         microbatch_tokens=config.algorithm.microbatch_tokens,
         platform=policy.mesh.devices.flat[0].platform,
     )
+    trained_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    remat = choose_remat(config.model.remat, policy.arch, policy.mesh, shape, policy.compute_dtype, trained_params)
+    compute = Compute(policy.compute_dtype, remat.rung, lora_scale=config.lora.scale)
     started = time.perf_counter()
     for step in range(1, settings.steps + 1):
         places = range((step - 1) * settings.batch_size, step * settings.batch_size)

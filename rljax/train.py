@@ -26,6 +26,7 @@ from rljax.data.reuse import steps_for
 from rljax.evaluate import Evaluation, EvaluationResult, Scored, join_scored, rollout_rows, sample
 from rljax.mesh import num_row_shards
 from rljax.metrics import ALIASES, CurveRow, Metric, MetricSink, PhaseTimer, Progress, merge, to_floats
+from rljax.models.lora import attach
 from rljax.policy import Policy, memory_gib, open_policy
 from rljax.rewards.overlong import soft_overlong
 from rljax.rewards.pool import RewardPool, summarise
@@ -40,6 +41,7 @@ from rljax.rl.learner import (
     state_shapes,
     update_shape,
 )
+from rljax.rl.memory import choose_remat
 from rljax.rl.update import Compute
 from rljax.sampling.engine import Sampler
 from rljax.sampling.schedule import Stats
@@ -209,7 +211,8 @@ def _open_run(
     folder = Path(config.run_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep) if config.checkpoint.every else None
     counters, first_step, reference = Counters(), 0, None
-    base, with_kl = policy.load_base(config.seed), config.algorithm.kl_coefficient > 0
+    algorithm = config.algorithm
+    base, with_kl = policy.load_base(config.seed), algorithm.kl_coefficient > 0
     if store is not None and store.latest_step() is not None:
         saved, host, first_step = store.restore(checkpoint_shapes(shapes, config.algorithm, policy.compute_dtype))
         require_same_config(host["config"], dataclasses.asdict(config))
@@ -219,6 +222,8 @@ def _open_run(
         reference = saved.pop("reference", None)
         state = TrainState(**saved)
         params = policy.load_params(config.seed) if with_kl and base is None and reference is None else None
+        if config.model.remat == "auto":  # another rung would round otherwise
+            config = _with_remat(config, host["config"]["model"]["remat"])
     else:
         params = policy.fresh_trained(config.seed)
         state = fresh_state(params, shapes, config.optimizer)
@@ -226,16 +231,25 @@ def _open_run(
         reference = base
     elif with_kl and params is not None:
         reference = reference_copy(params, reference_dtype(config.algorithm, policy.compute_dtype))
+    sampler = policy.sampler(config.sampling)
+    sampler.sync(attach(base, state.params, config.lora.scale))
+    sampler.block_until_ready()  # with the weights in place, what is free is an update's
+    prompts, cap = config.data.prompts_per_step // algorithm.updates_per_step, config.sampling.max_completion_tokens
+    remat = choose_remat(
+        config.model.remat,
+        policy.arch,
+        policy.mesh,
+        update_shape(policy.arch, policy.mesh, algorithm, prompts, pipeline.slots, cap),
+        policy.compute_dtype,
+        sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    ).rung
+    config = _with_remat(config, remat)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
-    compute = Compute(
-        policy.compute_dtype, config.model.remat, config.sampling.temperature, lora_scale=config.lora.scale
-    )
+    compute = Compute(policy.compute_dtype, remat, config.sampling.temperature, lora_scale=config.lora.scale)
     learner = Learner(
         state, reference, policy.arch, policy.mesh, config.algorithm, config.optimizer, compute, base=base
     )
-    sampler = policy.sampler(config.sampling)
-    sampler.sync(learner.params)
     return Run(
         config=config,
         policy=policy,
@@ -257,6 +271,11 @@ def _open_run(
         first_step=first_step,
         key=jax.random.key(config.seed),
     )
+
+
+def _with_remat(config: RunConfig, remat: Any) -> RunConfig:
+    """`config` with a rung in the place of "auto": what config.yaml and the checkpoints say."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
 
 
 # --------------------------------------------------------------------------------------------------------------- step

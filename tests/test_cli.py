@@ -638,6 +638,24 @@ def test_resumed_is_unbroken_in_its_curve(unbroken: Path, resumed: Path) -> None
     assert [row | {"run": ""} for row in whole] == [row | {"run": ""} for row in parts]
 
 
+def test_a_run_keeps_the_remat_it_chose(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is free later changes no bit: the choice is in the run's config, the checkpoint's and the file."""
+    auto, given = place.root / "remat_auto", place.root / "remat_given"
+    flags = place.train("--evaluation.data", "", "--model.remat")
+    for steps, free in (("1", 2**20), ("2", 2**50)):
+        monkeypatch.setattr("rljax.rl.memory.free_bytes", lambda mesh, free=free: free)
+        assert main([*flags, "auto", "--run_dir", str(auto), "--steps", steps]) == 0
+        assert yaml.safe_load((auto / "config.yaml").read_text())["model"]["remat"] == "full"
+    assert main([*flags, "full", "--run_dir", str(given), "--steps", "2"]) == 0
+    (state, host, step), (state_given, *_) = state_of(auto), state_of(given)
+    assert (step, host["config"]["model"]["remat"]) == (2, "full")
+    assert differing(state, state_given) == []
+    monkeypatch.setattr("rljax.rl.memory.free_bytes", lambda mesh: 2**50)
+    fresh = place.root / "remat_fresh"
+    assert main([*flags, "auto", "--run_dir", str(fresh), "--steps", "1"]) == 0
+    assert yaml.safe_load((fresh / "config.yaml").read_text())["model"]["remat"] == "none"
+
+
 def test_a_run_killed_between_checkpoints_ends_the_same(unbroken: Path, place: Place) -> None:
     """As a kill after step 4 would leave it, before its checkpoint was complete: steps 3 and 4 are done again."""
     killed = Path(shutil.copytree(unbroken, place.root / "killed" / unbroken.name))

@@ -338,6 +338,7 @@ def test_group_of_one() -> None:
             r"'token_mask' weighs old against .*use 'recompute'",
         ),
         ({"correction_low": 3.0}, r"correction_low = 3.0 is above .*correction_high = 2.0"),
+        ({"kl_in": "reward", "kl_importance_weight": True}, r"a reward has no gradient .*set kl_in to 'loss'"),
         ({"kl_in": "reward", "advantage": "reinforce_pp"}, r"needs a return per token.*set kl_in to 'loss'"),
         (
             {"dynamic_sampling_rounds": 2, "group_size": 1, "advantage": "reinforce_pp"},

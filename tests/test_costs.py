@@ -71,6 +71,18 @@ def test_generation_is_a_prefill_and_single_steps():
     assert costs.generation_flops(SMALL, prompts, completions.reshape(-1)) == expected
 
 
+def test_kept_activations_by_hand():
+    # D 4, N H 4, K H 2, F 3, N 2, bfloat16
+    assert costs.kept_bytes_per_token(SMALL, "bfloat16", "full", scores=0) == 2 * 4
+    assert costs.kept_bytes_per_token(SMALL, "bfloat16", "dots", scores=0) == 2 * (8 + 4 + 4 + 6)
+    none = 2 * (16 + 12 + 4 + 18) + 4 * (8 + 2)
+    assert costs.kept_bytes_per_token(SMALL, "bfloat16", "none", scores=0) == none
+    assert costs.kept_bytes_per_token(SMALL, "bfloat16", "none", scores=7) == none + (2 + 4) * 7 * 2
+    # What is split over two devices is all but the residual stream.
+    assert costs.kept_bytes_per_token(SMALL, "bfloat16", "none", scores=0, tensor=2) == 64 + (none - 64) // 2
+    assert costs.kept_bytes_per_token(SMALL, "bfloat16", "dots", scores=0, tensor=2) == 2 * (8 + 7)
+
+
 def test_update_flops_by_hand():
     forward = 2 * 168 * 5 + 32 * 9
     assert costs.update_flops(SMALL, 5, 9, 2) == 3 * (forward + 80)

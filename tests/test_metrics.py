@@ -260,12 +260,12 @@ def test_aliases_are_written_beside_the_names(tmp_path):
 
     sink = MetricSink(tmp_path, aliases=ALIASES["trl"])
     sink._extras["kept"] = kept = Kept()
-    sink.log(1, {"reward/mean": 0.5, "policy/loss": math.nan, "mine": 2.0})
+    sink.log(1, {"reward/mean": 0.5, "policy/objective": math.nan, "mine": 2.0})
     sink.close()
     assert _lines(tmp_path / "metrics.jsonl") == [
-        {"step": 1, "reward/mean": 0.5, "policy/loss": None, "mine": 2.0, "reward": 0.5, "loss": None}
+        {"step": 1, "reward/mean": 0.5, "policy/objective": None, "mine": 2.0, "reward": 0.5, "loss": None}
     ]
-    assert kept[0]["reward"] == 0.5 and set(kept[0]) == {"reward/mean", "policy/loss", "mine", "reward", "loss"}
+    assert kept[0]["reward"] == 0.5 and set(kept[0]) == {"reward/mean", "policy/objective", "mine", "reward", "loss"}
 
 
 def test_step_line():

@@ -224,14 +224,12 @@ class Learner:
         batch, in_use = microbatches(train_batch(left, advantages[kept], weights[kept], packing), shape)
         slots = in_use * shape.rows * shape.positions
         computed = group_tokens(left.prompts.lengths, lengths[kept])
-        idle_weight = float((weights * lengths)[~kept].sum())
         return UpdateRows(
             batch,
             np.int32(in_use),  # type: ignore[arg-type]
             packing,
             forward_flops(self.arch, *computed),
             {
-                "policy/loss": WeightedMean(0.0, idle_weight),  # the loss of what was left out
                 "learner/padding_fraction": WeightedMean(slots - packing.used, slots),
                 "learner/dropped_group_fraction": WeightedMean(int((~kept).sum()), len(kept)),
                 "learner/model_flops": Sum(float(update_flops(self.arch, *computed))),

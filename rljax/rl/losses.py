@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig
-from rljax.metrics import Max, Metric, WeightedMean
+from rljax.metrics import Max, Metric, Sum, WeightedMean
 from rljax.rl.correction import SEQUENCE_CORRECTIONS, behaviour_weights
 from rljax.rl.sequences import sequence_ids, sequence_mean
 from rljax.types import TrainBatch
@@ -115,6 +115,8 @@ LOSSES: dict[str, PolicyLoss] = {
     "gspo": gspo_loss,
     "dppo_mask": dppo_mask_loss,
 }
+LOSS_METRICS = ("policy/loss", "policy/objective")
+"""Of those that `grpo_loss` returns, the parts of an update's loss: they add up over its micro-batches."""
 SEQUENCE_LOSSES = {"gspo"}
 """Those in which a token's loss depends on its whole completion."""
 
@@ -203,6 +205,8 @@ def grpo_loss(
 ) -> tuple[jax.Array, dict[str, Metric]]:
     """Sum over tokens of weight * (policy loss + kl_coefficient KL - entropy_coefficient H), and metrics as sums.
 
+    `policy/objective` is that sum, `policy/loss` its first part; those of an update's micro-batches add up.
+
     Args:
       logprobs, entropies: [B, T] of the policy, 0 outside `batch.loss_mask`.
     """
@@ -221,7 +225,7 @@ def grpo_loss(
 
     up = inputs.advantages > 0  # where A > 0 it is the high bound that binds, else the low one or the dual clip
     metrics |= {
-        "policy/loss": WeightedMean(policy, jnp.sum(batch.weights)),
+        "policy/loss": Sum(policy),
         "policy/entropy": WeightedMean(jnp.sum(jnp.where(mask, entropies, 0.0)), count),
         "policy/clip_fraction": share(clipped),
         "policy/clip_high_fraction": share(clipped & up),
@@ -233,11 +237,13 @@ def grpo_loss(
     if algorithm.kl_coefficient > 0 and algorithm.kl_in == "loss":
         to_reference = jnp.where(mask, inputs.logprobs - batch.reference_logprobs, 0.0)
         kl = jnp.where(mask, kl_of(to_reference, algorithm.kl_estimator), 0.0)
+        if algorithm.kl_importance_weight:
+            kl = kl * inputs.ratio
         metrics["policy/reference_kl"] = WeightedMean(jnp.sum(kl), count)
         loss = loss + algorithm.kl_coefficient * jnp.sum(kl * batch.weights)
     if algorithm.entropy_coefficient:
         loss = loss - algorithm.entropy_coefficient * jnp.sum(jnp.where(mask, entropies, 0.0) * batch.weights)
-    return loss, metrics
+    return loss, metrics | {"policy/objective": Sum(loss)}
 
 
 def behaviour_gap(logprobs: jax.Array, batch: TrainBatch) -> dict[str, Metric]:

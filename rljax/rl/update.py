@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
-from rljax.metrics import merge
+from rljax.metrics import Metric, Sum, WeightedMean, merge
 from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
 from rljax.rl.head import Metrics, batch_loss
 from rljax.rl.logprobs import batch_logprobs
-from rljax.rl.losses import behaviour_gap, grpo_loss, is_by_token
+from rljax.rl.losses import LOSS_METRICS, behaviour_gap, grpo_loss, is_by_token
 from rljax.rl.optimizer import apply_gradients
 from rljax.types import TrainBatch, TrainState
 
@@ -101,7 +101,13 @@ def grpo_update(
 
     grads, metrics = sum_over_microbatches(gradient, batch, num_microbatches)
     state, applied = apply_gradients(state, grads, optimizer)
-    return state, metrics | applied
+    return state, metrics | {name: _of_one_update(metrics[name]) for name in LOSS_METRICS} | applied
+
+
+def _of_one_update(total: Metric) -> WeightedMean:
+    """A loss summed over micro-batches, such that over several updates it is their mean."""
+    assert isinstance(total, Sum)
+    return WeightedMean(total.amount, jnp.ones((), jnp.float32))
 
 
 @partial(jax.jit, static_argnames=("arch", "compute"))

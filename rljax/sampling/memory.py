@@ -1,6 +1,5 @@
 """How many rows a device's free memory holds."""
 
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +7,7 @@ from jax.sharding import Mesh
 
 from rljax.config import Architecture
 from rljax.costs import kv_bytes_per_token
-from rljax.mesh import num_row_shards
+from rljax.mesh import free_bytes, num_row_shards
 
 _SHARE = 0.8
 """Of the free memory; the rest is for logits, activations and fragments."""
@@ -27,21 +26,8 @@ def rows_that_fit(
     slots = max_tokens + prompt_slots / samples_per_prompt
     cache = kv_bytes_per_token(arch, jnp.dtype(dtype).name) * slots * _ONE_LAYER_TWICE
     each = (cache + 3 * 4 * arch.vocab_size) / mesh.shape["tensor"]
-    free = min(free_bytes(device) for device in mesh.local_devices)
-    if mesh.devices.flat[0].platform == "cpu":
-        free /= len(mesh.local_devices)  # simulated devices share the memory
+    free = free_bytes(mesh)
     shards = num_row_shards(mesh)
     fitting = max(1, int(_SHARE * free / each))
     power = 2 ** (fitting.bit_length() - 1)
     return shards * (3 * power // 2 if power > 1 and fitting >= 3 * power // 2 else power)
-
-
-def free_bytes(device: Any) -> int:
-    """Unused memory of `device`; of the machine where the backend does not say."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"neither {device} nor /proc/meminfo says how much memory is free; give max_rows")

@@ -12,6 +12,7 @@ from test_update import make_rollouts, packed, weights_of
 from rljax.config import AlgorithmConfig, Architecture
 from rljax.models import qwen2
 from rljax.models.attention import AttentionLayout
+from rljax.models.scoring import chunk_tokens
 from rljax.rl.head import batch_loss
 from rljax.rl.losses import grpo_loss, is_by_token
 from rljax.rl.packing import train_batch
@@ -129,3 +130,13 @@ def test_no_more_logits_than_a_chunk_exist(by_token, monkeypatch) -> None:
     logits = [shape for shape in shapes if VOCAB in shape]
     assert [11, VOCAB] in logits
     assert max(np.prod(shape) for shape in logits) == VOCAB * 16  # the head itself; 11 tokens are fewer
+
+
+def test_a_chunk_is_what_the_platform_works_well_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a CPU's caches; a thousand rows for the matrix units of the others; never more than there is."""
+    for platform, of_qwen in (("cpu", 110), ("gpu", 1024), ("tpu", 1024)):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert chunk_tokens(16384, 151936) == of_qwen
+        assert chunk_tokens(16384, 512) == 1024
+        assert chunk_tokens(100, 151936) == 100
+        assert chunk_tokens(16384, 2**30) == (1 if platform == "cpu" else 1024)

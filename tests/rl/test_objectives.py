@@ -85,6 +85,8 @@ def expected_loss(
         weight = np.asarray(batch.weights[row, where], np.float64)
         for t in range(len(lp)):
             penalty = o.kl_coefficient * oracle.kl(lp[t], fixed[t], reference[t], o.kl_estimator)
+            if o.kl_importance_weight:
+                penalty *= np.exp(lp[t] - old[t])
             bonus = o.entropy_coefficient * entropy[t]
             total += weight[t] * (losses[t] * corrections[t] + (penalty if o.kl_in == "loss" else 0) - bonus)
     return total
@@ -99,6 +101,8 @@ CASES = {
     "cispo with a cap alone": {"loss": "cispo", "clip_low": 1.0, "clip_high": 0.1},
     "current": {"old_logprobs": "current"},
     **{f"KL {name}": {"kl_coefficient": 0.3, "kl_estimator": name} for name in allowed("kl_estimator")},
+    "KL times the ratio": {"kl_coefficient": 0.3, "kl_importance_weight": True},
+    "KL times a ratio of 1": {"kl_coefficient": 0.3, "kl_importance_weight": True, "old_logprobs": "current"},
     "KL in the reward": {"kl_coefficient": 0.3, "kl_in": "reward"},
     **{f"correction {name}": {"correction": name, "correction_high": 1.4} for name in allowed("correction")},
     "geometric mask": {"correction": "geometric_mask", "correction_low": 0.75, "correction_high": 1.4},

@@ -367,4 +367,7 @@ def test_a_completion_of_length_zero_has_no_part(tiny, tiny_params, mesh) -> Non
     without = dataclasses.replace(rollouts, lengths=np.where(np.arange(8) == 1, 0, rollouts.lengths).astype(np.int32))
     metrics = make_learner(tiny_params, tiny, mesh).step(without, some_advantages())
     assert metrics["policy/entropy"].weight == 52 - 14
-    assert metrics["policy/loss"].weight == pytest.approx(2)  # each update's weights sum to 1
+    # With an advantage of 1 everywhere and a ratio of 1 the loss is minus the sum of the weights.
+    on_policy = make_learner(tiny_params, tiny, mesh, old_logprobs="current", kl_coefficient=0.0)
+    loss = on_policy.step(without, np.ones((2, 4), np.float32))["policy/loss"]
+    assert loss.value() == pytest.approx(-1) and loss.weight == 2  # the mean of two updates

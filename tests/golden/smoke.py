@@ -1,0 +1,53 @@
+"""The run of `configs/smoke.yaml`, warm start and twenty steps; as a command it writes smoke.json."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+import numpy
+
+from rljax.cli import main as rljax
+
+GOLDEN = Path(__file__).with_name("smoke.json")
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "smoke.yaml"
+NUMBERS = ("reward/mean", "completion/length_tokens", "policy/objective", "policy/reference_kl", "policy/grad_norm")
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """What must not move: NUMBERS of every step, and a digest of the state after the last."""
+    given = ["--run_dir", str(folder), "--model.path"]
+    assert rljax(["sft", str(CONFIG), *given, "", "--sft.output", str(folder / "sft")]) == 0
+    assert rljax(["train", str(CONFIG), *given, str(folder / "sft")]) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [[line[name] for name in NUMBERS] for line in lines if "policy/objective" in line]
+    saved = json.loads((folder / "checkpoints" / str(len(steps)) / "host" / "data.json").read_text())
+    leaves = {path: entry[2] for path, entry in saved["leaves"].items()}
+    return {"steps": steps, "state": hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()}
+
+
+def fingerprint() -> dict[str, str]:
+    """What the bits may depend on: the versions that compute and the kind of CPU that code is generated for."""
+    flags = ""
+    if Path("/proc/cpuinfo").is_file():
+        flags = next((row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("flags")), "")
+    cpu = hashlib.sha256(" ".join(sorted(flags.split()[2:])).encode()).hexdigest()[:12]
+    return {
+        "jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": numpy.__version__,
+        "machine": platform.machine(), "cpu": cpu, "cores": str(os.cpu_count()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    made = run(Path(sys.argv[1])) | {"fingerprint": fingerprint()}
+    GOLDEN.write_text(json.dumps(made, indent=1) + "\n")
+    print(f"{GOLDEN}: {len(made['steps'])} steps")
+
+
+if __name__ == "__main__":
+    main()
