@@ -169,7 +169,7 @@ def kept_bytes_per_token(arch: Architecture, dtype: str, remat: str, *, scores: 
 
       full   D, the layer's input
       dots   2 D + N H + 2 K H + 2 F, what the matmuls give that the backward pass needs
-      none   6 D + 3 N H + 2 K H + 6 F + N, two of the D and N in float32 (norms, softmax); with query-key norms
+      none   6 D + 3 N H + 2 K H + 2 F + N, two of the D and N in float32 (norms, softmax); with query-key norms
              2 (N + K) H more, half of them in float32; with a whole score matrix two `scores` N more, one in float32
 
     Args:
@@ -180,7 +180,7 @@ def kept_bytes_per_token(arch: Architecture, dtype: str, remat: str, *, scores: 
         return size * arch.hidden_size
     if remat == "dots":
         return size * 2 * arch.hidden_size + size * (heads + 2 * kv + 2 * arch.mlp_size) // tensor
-    split = size * (3 * heads + 2 * kv + 6 * arch.mlp_size) + 4 * arch.num_heads
+    split = size * (3 * heads + 2 * kv + 2 * arch.mlp_size) + 4 * arch.num_heads
     split += arch.qk_norm * (size + 4) * (heads + kv)
     split += (size + 4) * scores * arch.num_heads
     return (4 * size + 2 * 4) * arch.hidden_size + split // tensor
@@ -214,6 +214,7 @@ def update_bytes(
     """
     kept = kept_bytes_per_token(arch, dtype, remat, scores=scores, tensor=tensor)
     again = kept_bytes_per_token(arch, dtype, "none", scores=scores, tensor=tensor)
+    again += 4 * BYTES[dtype] * arch.mlp_size // tensor  # of the gate and what it is multiplied with, not kept
     needed = tokens * (arch.num_layers * kept + again) + 3 * 4 * trained_params // shards
     needed += matmul_params(arch) // arch.num_layers * BYTES[dtype] // tensor
     needed += head_params(arch) * (4 + BYTES[dtype]) // tensor + 2 * 4 * logits // tensor

@@ -75,7 +75,7 @@ def test_kept_activations_by_hand():
     # D 4, N H 4, K H 2, F 3, N 2, bfloat16
     assert costs.kept_bytes_per_token(SMALL, "bfloat16", "full", scores=0) == 2 * 4
     assert costs.kept_bytes_per_token(SMALL, "bfloat16", "dots", scores=0) == 2 * (8 + 4 + 4 + 6)
-    none = 2 * (16 + 12 + 4 + 18) + 4 * (8 + 2)
+    none = 2 * (16 + 12 + 4 + 6) + 4 * (8 + 2)
     assert costs.kept_bytes_per_token(SMALL, "bfloat16", "none", scores=0) == none
     assert costs.kept_bytes_per_token(SMALL, "bfloat16", "none", scores=7) == none + (2 + 4) * 7 * 2
     # What is split over two devices is all but the residual stream.

@@ -5,10 +5,12 @@ Letters: B rows, T positions, D width, N query heads, K key/value heads, H head 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rljax.config import Architecture
 
@@ -28,6 +30,10 @@ LINEARS: dict[str, str] = {
 """The matrices of a block in the learner's layout, and how each is applied.
 
 `NAME_lora_a` [*in, r] and `NAME_lora_b` [r, *out] may lie beside one (`rljax/models/lora.py`)."""
+
+
+PRODUCT = "product"
+"""Name of their results, by which a policy of rematerialisation keeps them."""
 
 
 def dot(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -96,9 +102,41 @@ def matrix_dims(name: str) -> tuple[str, str]:
     return inputs.split(",")[0].removeprefix("..."), output.removeprefix("...")
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(name: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x W of the matrix `name`. For the gradient of W the narrower of x and the cotangent is transposed.
+
+    JAX by itself takes the cotangent. XLA:CPU then computes it once more within its transpose, down the columns: for
+    the MLP's matrices that took longer than their products.
+    """
+    return dot(LINEARS[name], x, weight)
+
+
+def _product_forward(name: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(name, x, weight), (x, weight)
+
+
+def _product_backward(
+    name: str, kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight = kept
+    into, out = matrix_dims(name)
+    lead = "xyz"[: x.ndim - len(into)]
+    by_x = dot(f"...{out},{into}{out}->...{into}", cotangent, weight)
+    if x.size <= cotangent.size:
+        by_weight = dot(f"{lead}{into},{lead}{out}->{into}{out}", x, cotangent)
+    else:  # a transpose that is not held back would be made of x, by an exchange of the two
+        turned = _settled(dot(f"{lead}{out},{lead}{into}->{out}{into}", cotangent, x))
+        by_weight = jnp.einsum(f"{out}{into}->{into}{out}", turned)
+    return by_x, by_weight.astype(weight.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
     """x W of the matrix `name`, and x W + (x A) B where an adapter lies beside it: A B is never formed."""
-    y = dot(LINEARS[name], x, weights[name])
+    y = checkpoint_name(_product(name, x, weights[name]), PRODUCT)
     if f"{name}_lora_a" in weights:
         into, out = matrix_dims(name)
         narrow = dot(f"...{into},{into}r->...r", x, weights[f"{name}_lora_a"])
@@ -152,8 +190,12 @@ def swiglu(weights: Weights, x: jax.Array) -> jax.Array:
     if "gate_up" in weights:
         gate, up = dot_columns("cfd,dm->cfm", weights["gate_up"], columns(x))
         return rows_of(dot_columns("df,fm->dm", weights["down"], jax.nn.silu(gate) * up), x)
-    gate, up = linear(weights, "gate", x), linear(weights, "up", x)
-    return linear(weights, "down", jax.nn.silu(gate) * up)
+
+    def back(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return linear(weights, "down", jax.nn.silu(gate) * up)
+
+    # Of the six arrays [..., F] that the backward pass needs, four come from the other two faster than from memory.
+    return jax.checkpoint(back, prevent_cse=False)(linear(weights, "gate", x), linear(weights, "up", x))
 
 
 def decoder_block(

@@ -22,12 +22,12 @@ import jax.numpy as jnp
 
 from rljax.config import Architecture
 from rljax.models.attention import NEVER, AttentionLayout, attention
-from rljax.models.layers import LINEARS, Rope, decoder_block, dot, merge_adapters, rms_norm, rope_tables
+from rljax.models.layers import LINEARS, PRODUCT, Rope, decoder_block, dot, merge_adapters, rms_norm, rope_tables
 
 Params = dict[str, Any]
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 INIT_STDDEV = 0.02

@@ -37,6 +37,9 @@ MICROBATCHES_PER_UPDATE = 128
 lengths of a quarter of that, 32. The last of them is half empty on average: 2 % of the slots."""
 LEAST_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
 """Below so many per shard a micro-batch is not made smaller: its fixed costs would show."""
+ROW_TOKENS_ON_CPU = 2048
+"""Length of a row there, if the longest prompt and completion allow: what follows a prompt costs no more in a long row,
+for blocks of attention that nobody sees are skipped, and the fewer rows the fewer copies of prompts."""
 
 
 def row_shape(
@@ -52,17 +55,22 @@ def row_shape(
 ) -> RowShape:
     """For updates of `completions` completions of at most `completion_slots` tokens, prompts of at most `prompt_slots`.
 
-    A row is a longest prompt and j longest completions, 1 <= j <= `group_size`. A token of it costs 1 + T / a, where a
-    is the T at which attention that looks at the whole square costs as much as a layer's matmuls; what a row is for are
-    the T - S beside the prompt. T (1 + T / a) / (T - S) is smallest at T = S + sqrt(S^2 + a S), and j comes close to
-    that, as far as a micro-batch goes.
+    A row is a longest prompt and j longest completions, 1 <= j <= `group_size`. On a CPU they are as many as
+    `ROW_TOKENS_ON_CPU` holds. Elsewhere a token of it costs 1 + T / a, where a is the T at which attention that looks
+    at the whole square costs as much as a layer's matmuls; what a row is for are the T - S beside the prompt.
+    T (1 + T / a) / (T - S) is smallest at T = S + sqrt(S^2 + a S), and j comes close to that, as far as a micro-batch
+    goes.
     """
     longest = prompt_slots + completion_slots
     share = completions * longest // (MICROBATCHES_PER_UPDATE * row_shards)
     tokens = min(microbatch_tokens, max(share, LEAST_TOKENS[platform]))
-    equal = matmul_params(arch) / (2 * arch.num_layers * arch.num_heads * arch.head_dim)
-    best = math.sqrt(prompt_slots**2 + equal * prompt_slots)
-    each = min(round(best / completion_slots), (tokens - prompt_slots) // completion_slots, group_size)
+    if platform == "cpu":
+        fitting = (min(microbatch_tokens, ROW_TOKENS_ON_CPU) - prompt_slots) // completion_slots
+    else:
+        equal = matmul_params(arch) / (2 * arch.num_layers * arch.num_heads * arch.head_dim)
+        best = math.sqrt(prompt_slots**2 + equal * prompt_slots)
+        fitting = min(round(best / completion_slots), (tokens - prompt_slots) // completion_slots)
+    each = min(fitting, group_size)
     positions = prompt_slots + max(each, 1) * completion_slots
     positions += -positions % min(128, max(16, 1 << positions.bit_length() - 5))  # a multiple that kernels like
     rows = row_shards * max(1, tokens // positions)
