@@ -239,7 +239,7 @@ class AlgorithmConfig:
     """+: the value of the one named, the gradient of k2."""
     kl_importance_weight: bool = False
     """In the loss: the estimate times policy / old policy, so that in expectation its gradient is the reverse KL's
-    (DeepSeek-V3.2, arXiv:2512.02556; TRL's default)."""
+    (DeepSeek-V3.2, arXiv:2512.02556; TRL's default). `policy/reference_kl` is then the weighted one."""
     reference_update: Literal["fixed", "ema", "periodic"] = "fixed"
     """fixed: the starting model. ema: a running mean of the policy. periodic: a copy of it, renewed now and then."""
     reference_ema_decay: float = 0.0

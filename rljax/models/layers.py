@@ -106,8 +106,8 @@ def matrix_dims(name: str) -> tuple[str, str]:
 def _product(name: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """x W of the matrix `name`. For the gradient of W the narrower of x and the cotangent is transposed.
 
-    JAX by itself takes the cotangent. XLA:CPU then computes it once more within its transpose, down the columns: for
-    the MLP's matrices that took longer than their products.
+    JAX by itself takes the cotangent. XLA:CPU then computes it once more within its transpose, down the columns.
+    Being a rule for reverse mode, it leaves the learner's forward pass without a forward-mode derivative (`jax.jvp`).
     """
     return dot(LINEARS[name], x, weight)
 
@@ -194,7 +194,7 @@ def swiglu(weights: Weights, x: jax.Array) -> jax.Array:
     def back(gate: jax.Array, up: jax.Array) -> jax.Array:
         return linear(weights, "down", jax.nn.silu(gate) * up)
 
-    # Of the six arrays [..., F] that the backward pass needs, four come from the other two faster than from memory.
+    # Of the six arrays [..., F] that the backward pass needs, four are functions of the other two and are not kept.
     return jax.checkpoint(back, prevent_cse=False)(linear(weights, "gate", x), linear(weights, "up", x))
 
 
