@@ -5,6 +5,7 @@ Letters: B completions.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -40,6 +41,19 @@ class Setup:
         return undisturbed(contender, seed, patience=self.patience)
 
 
+def begin_peak() -> None:
+    """Lets `read_peak_mib` count from now; that of an accelerator counts from the start of the process."""
+    if jax.default_backend() == "cpu":
+        reset_peak_memory()
+
+
+def read_peak_mib() -> float:
+    """Most memory held: of the process on a CPU, else of the device, the loading of the weights included."""
+    if jax.default_backend() == "cpu":
+        return peak_mib()
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
+
+
 class Void(RuntimeError):
     """A row that may not be reported."""
 
@@ -71,9 +85,7 @@ class Rljax:
 
     def run(self, seed: int) -> float:
         """Seconds of one rollout, everything on the host at the end."""
-        on_cpu = jax.default_backend() == "cpu"
-        if on_cpu:
-            reset_peak_memory()
+        begin_peak()
         started = time.perf_counter()
         rollouts = self.sampler.generate(
             self.prompts,
@@ -86,9 +98,7 @@ class Rljax:
         if not np.array_equal(rollouts.lengths, self.lengths):
             raise Void(f"lengths drawn {rollouts.lengths[:8]}... are not those asked for {self.lengths[:8]}...")
         self.rollouts = rollouts
-        # An accelerator's count begins with the process and includes the loading of the weights.
-        peak = peak_mib() if on_cpu else jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
-        self.peak_mib = max(self.peak_mib, peak)
+        self.peak_mib = max(self.peak_mib, read_peak_mib())
         return seconds
 
     def warm_up(self) -> float:
@@ -109,10 +119,11 @@ class Rljax:
 class Peer:
     """A peer's side of the rows of one model."""
 
-    def __init__(self, worker: Worker, folder: Path, dtype: str) -> None:
+    def __init__(self, worker: Worker, folder: Path, dtype: str, variants: Sequence[str] = ()) -> None:
         self.worker = worker
         told = worker.ask("load", folder=str(folder), dtype=dtype)
-        self.versions, self.variants = told["versions"], told["variants"]
+        self.versions = told["versions"]
+        self.variants = [name for name in told["variants"] if not variants or name in variants]
         self.peak_mib: dict[str, float] = {}
 
     def contenders(self, ours: Rljax) -> list[Contender]:
@@ -129,8 +140,10 @@ class Peer:
                 return told["seconds"]
 
             try:
-                # Only what compiles for a shape needs all of it once.
-                run(0, lengths=lengths if "compiled" in variant or self.worker.name == "tunix" else [4] * len(lengths))
+                # Only what compiles for a shape needs all of it once; on a GPU transformers compiles `static` unasked.
+                compiles = "compiled" in variant or self.worker.name == "tunix"
+                compiles |= variant.startswith("static") and jax.default_backend() != "cpu"
+                run(0, lengths=lengths if compiles else [4] * len(lengths))
             except PeerError as error:
                 print(f"  {self.worker.name} {variant} left out: {str(error).strip().splitlines()[-1]}", flush=True)
                 continue

@@ -21,6 +21,8 @@ from rljax.config import Architecture
 from rljax.models import hf, qwen2
 
 FOLDERS = ROOT / "runs" / "bench"
+GATE_VOCABULARY = 4096
+"""Entries of a model that is only made to compare greedy tokens."""
 LARGE = 2e9
 """Parameters above which two float32 copies are too much for the comparison of greedy tokens."""
 
@@ -73,15 +75,15 @@ def _smollm2() -> Path:
 
 
 def gate_arch(model: str, folder: Path) -> tuple[Architecture, Path]:
-    """What greedy tokens are compared on: the model itself, or two layers of its shape.
+    """What greedy tokens are compared on: the model itself, or two layers of its shape with a small vocabulary.
 
-    Two where it is large, and on an accelerator, where compiling a float32 copy of every model would take the time of
-    what is measured.
+    The latter where it is large, and on an accelerator, where a float32 copy of every model would take the time of what
+    is measured.
     """
     arch = ARCHS[model]
     if costs.num_params(arch) < LARGE and jax.default_backend() == "cpu":
         return arch, folder
-    short = dataclasses.replace(arch, num_layers=2)
+    short = dataclasses.replace(arch, num_layers=2, vocab_size=GATE_VOCABULARY, num_tokens=0)
     return short, _random_folder(short, FOLDERS / f"{model}-2-layers", jnp.dtype("float32").name)
 
 

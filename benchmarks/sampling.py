@@ -15,7 +15,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def check_gate(model: str, workers: list[Worker], folder: Path) -> None:
       Void: they are not, or are too uniform to prove anything.
     """
     arch, folder = gate_arch(model, folder)
-    prompts = Workload(model, GATE_PROMPTS, group=1, prompt=32).make_prompts()
+    prompts = Workload(model, GATE_PROMPTS, group=1, prompt=32).make_prompts(arch.vocab_size)
     sampler = load_sampler(folder, arch, "float32")
     ours = sampler.generate(
         prompts, 1, key=jax.random.key(0), temperature=0.0, max_completion_tokens=GATE_TOKENS
@@ -178,7 +178,14 @@ def started(peers: list[str]) -> Iterator[list[Worker]]:
         yield workers
 
 
-def run_model(model: str, rows: dict[str, Workload], workers: list[Worker], setup: Setup, deadline: float) -> list[str]:
+def run_model(
+    model: str,
+    rows: dict[str, Workload],
+    workers: list[Worker],
+    setup: Setup,
+    deadline: float,
+    variants: Sequence[str] = (),
+) -> list[str]:
     """Runs the rows of one model; what went wrong."""
     folder = model_folder(model, setup.dtype)
     try:
@@ -187,7 +194,7 @@ def run_model(model: str, rows: dict[str, Workload], workers: list[Worker], setu
         return [str(void)]
     ceilings = measure_ceilings(setup.dtype)
     print(f"  ceilings: {ceilings.as_fields()}", flush=True)
-    peers = [Peer(worker, folder, setup.dtype) for worker in workers]
+    peers = [Peer(worker, folder, setup.dtype, variants) for worker in workers]
     problems = []
     for name, workload in rows.items():
         if time.perf_counter() > deadline:
@@ -213,6 +220,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument("--out", type=Path, default=RESULTS / "sampling.jsonl")
     parser.add_argument("--busy", action="store_true", help="count every repeat, whatever else runs: a rehearsal")
+    parser.add_argument("--variants", nargs="+", default=[], help="of the peers, these only: dynamic static ...")
     parser.add_argument("--ablations", nargs="*", metavar="NAME", help="these, or all, instead of the rows")
     given = parser.parse_args()
     begun = time.perf_counter()
@@ -229,7 +237,7 @@ def main() -> int:
         with started(given.peer) as workers:
             for model in dict.fromkeys(workload.model for workload in rows.values()):
                 mine = {name: workload for name, workload in rows.items() if workload.model == model}
-                problems += run_model(model, mine, workers, setup, begun + given.deadline)
+                problems += run_model(model, mine, workers, setup, begun + given.deadline, given.variants)
     for problem in problems:
         print(f"VOID {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -1,11 +1,11 @@
-"""How long one GRPO update takes, reference pass included, against torch eager in the same run.
+"""How long one GRPO update takes, reference pass included, against torch in the same run.
 
     python benchmarks/update.py                                    # rljax alone
     python benchmarks/update.py --peer torch                       # and torch (make bench-peers)
     python benchmarks/update.py --ablations                        # what each choice of the learner is worth
 
-Both learn from the same completions with the same advantages; float32, KL on. A row is void when log-probs or the norm
-of the first gradient differ. Lines go to benchmarks/results/update.jsonl (format: README.md).
+Both learn from the same completions with the same advantages, KL on. A row is void when log-probs or the norm of the
+first gradient differ. Lines go to benchmarks/results/update.jsonl (format: README.md).
 """
 
 import argparse
@@ -22,7 +22,16 @@ import numpy as np
 from ablations import Ablation, Variant, measured
 from common import RESULTS, Contender, Line, append, compared, describe_cpu, interleaved, line, run_fields, versions
 from contenders import Setup, Void
-from learning import TorchUpdate, Update, advantages_of, check_logprobs, draw, load_learner, ungrouped
+from learning import (
+    LOGPROB_TOLERANCE,
+    TorchUpdate,
+    Update,
+    advantages_of,
+    check_logprobs,
+    draw,
+    load_learner,
+    ungrouped,
+)
 from models import model_folder
 from peer import Worker
 from roofline import Ceilings, learning_flops, measure_ceilings, update_floor_seconds
@@ -164,12 +173,12 @@ def run_row(row: str, ceilings: Ceilings, workers: list[Worker], setup: Setup) -
       Void: log-probs or gradients differ, or too little of it ran undisturbed.
     """
     workload = TRAINING_ROWS[row]
-    arch, folder = ARCHS[workload.model], model_folder(workload.model, "float32")
-    rollouts = draw(folder, workload)
-    learner = load_learner(folder, arch, group=workload.group)
-    peers = [TorchUpdate(worker, folder) for worker in workers]
+    arch, folder = ARCHS[workload.model], model_folder(workload.model, setup.dtype)
+    rollouts = draw(folder, workload, setup.dtype)
+    learner = load_learner(folder, arch, group=workload.group, dtype=setup.dtype)
+    peers = [TorchUpdate(worker, folder, setup.dtype) for worker in workers]
     for worker in workers:
-        worker.ask("load", folder=str(folder), dtype="float32")
+        worker.ask("load", folder=str(folder), dtype=setup.dtype)
     check_logprobs(learner, rollouts, workers)
     ours = Update(learner, rollouts, advantages_of(rollouts, learner))
     first = ours.warm_up()
@@ -179,7 +188,7 @@ def run_row(row: str, ceilings: Ceilings, workers: list[Worker], setup: Setup) -
     enough = min(2, setup.repeats)
     if short := [name for name, seconds in times.items() if len(seconds) < enough]:
         raise Void(f"{row}: other processes disturbed too many updates of {', '.join(short)}")
-    case, seconds = workload.case() | {"dtype": "float32"}, times["rljax"]
+    case, seconds = workload.case() | {"dtype": setup.dtype}, times["rljax"]
     prompts, lengths = rollouts.prompts.lengths, rollouts.lengths
     flops = learning_flops(arch, prompts, lengths)
     floor = update_floor_seconds(arch, prompts, lengths, ceilings)
@@ -209,14 +218,17 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", default=list(DEFAULT_TRAINING_ROWS), help="rows by name or pattern")
     parser.add_argument("--peer", action="append", default=[], choices=["torch"])
     parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=sorted(LOGPROB_TOLERANCE))
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for a quiet machine")
     parser.add_argument("--out", type=Path, default=RESULTS / "update.jsonl")
     parser.add_argument("--busy", action="store_true", help="count every repeat, whatever else runs: a rehearsal")
     parser.add_argument("--ablations", nargs="*", metavar="NAME", choices=[*ABLATIONS, *PARTS], help="these, or all")
     given = parser.parse_args()
     rows = chosen(given.cases, TRAINING_ROWS)
-    fields = run_fields("update", describe_cpu(), versions(("rljax", "jax", "jaxlib", "flax", "optax")))
-    setup = Setup(fields, "float32", given.reps, given.patience, given.out, not given.busy)
+    on_cpu = jax.default_backend() == "cpu"
+    device = describe_cpu() if on_cpu else jax.devices()[0].device_kind
+    fields = run_fields("update", device, versions(("rljax", "jax", "jaxlib", "flax", "optax")))
+    setup = Setup(fields, given.dtype, given.reps, given.patience, given.out, on_cpu and not given.busy)
     problems = []
     if given.ablations is not None:
         names = given.ablations or [*ABLATIONS, *PARTS]
@@ -232,7 +244,7 @@ def main() -> int:
                 problems.append(str(void))
             jax.clear_caches()
     else:
-        ceilings = measure_ceilings("float32")
+        ceilings = measure_ceilings(given.dtype)
         print(f"  ceilings: {ceilings.as_fields()}", flush=True)
         with started(given.peer) as workers:
             for row in rows:

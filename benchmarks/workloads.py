@@ -52,9 +52,9 @@ class Workload:
             return np.full(self.batch, self.cap, np.int32)
         return realistic_lengths(self.batch, self.cap, self.share * self.cap, self.sigma, self.seed)
 
-    def make_prompts(self) -> Prompts:
-        """Random tokens, never 0: peers take that for padding."""
-        vocab = ARCHS[self.model].vocab_size
+    def make_prompts(self, vocab: int = 0) -> Prompts:
+        """Random tokens below `vocab` (0: that of the model), never 0: peers take that for padding."""
+        vocab = vocab or ARCHS[self.model].vocab_size
         tokens = np.random.default_rng([self.seed, 1]).integers(1, vocab, (self.prompts, self.prompt), dtype=np.int32)
         record = PromptRecord(({"role": "user", "content": ""},), "exact", "")
         lengths = np.full(self.prompts, self.prompt, np.int32)
@@ -125,7 +125,10 @@ TRAINING_ROWS: dict[str, Workload] = {
     "135m": Workload("135m", prompts=4, group=4, cap=64),
     "rehearsal": Workload("tiny", prompts=2, group=4, prompt=32, cap=48),
     "rehearsal-realistic": Workload("tiny", prompts=8, group=4, prompt=32, cap=96, sigma=0.8),
+    # On an accelerator: gpu.sh.
+    "0.5b-update": Workload("0.5b", prompts=8, prompt=256, cap=768),
+    "1.5b-update": Workload("1.5b", prompts=8, prompt=256, cap=768),
 }
-"""Of step.py."""
+"""Of step.py and update.py."""
 
 DEFAULT_TRAINING_ROWS = ("tiny-fixed", "tiny-realistic", "135m")

@@ -45,21 +45,34 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def columns(x: jax.Array) -> jax.Array:
-    """[D, rows] of `x` [..., D], for `dot_columns`."""
+def dot_output_major(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """W x of `x` [..., D] and an output-major weight [*out, D]: [..., *out], in the dtype of `x`."""
+    if feeds_columns():
+        return _rows_of(_dot_columns(weight, _columns(x)), x)
+    return jnp.tensordot(x, weight.astype(x.dtype), axes=(-1, -1), precision=_precision(x))
+
+
+def feeds_columns() -> bool:
+    """Whether the rows of a decode step are multiplied as W X with X [D, rows], on this process's platform.
+
+    XLA:CPU rearranges the right operand of a product before it multiplies, and the few rows of a step are less to
+    rearrange than a weight. A GPU takes either order, but to turn the result back costs it three times what its
+    smallest product does.
+    """
+    return jax.default_backend() == "cpu"
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """[D, rows] of `x` [..., D]."""
     return _settled(x.reshape(-1, x.shape[-1]).T)
 
 
-def dot_columns(spec: str, weight: jax.Array, x: jax.Array) -> jax.Array:
-    """W x of an output-major weight [*out, D] and `columns` [D, rows]: [*out, rows], `spec` an einsum of the two.
-
-    XLA:CPU rearranges the right operand of a product before it multiplies, and the few rows of a decode step are less
-    to rearrange than a weight.
-    """
-    return jnp.einsum(spec, weight.astype(x.dtype), x, precision=_precision(x))
+def _dot_columns(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """W x of `weight` [*out, D] and `_columns` [D, rows]: [*out, rows]."""
+    return jnp.tensordot(weight.astype(x.dtype), x, axes=1, precision=_precision(x))
 
 
-def rows_of(columns: jax.Array, like: jax.Array) -> jax.Array:
+def _rows_of(columns: jax.Array, like: jax.Array) -> jax.Array:
     """[..., *out] of `columns` [*out, rows], the leading dims those of `like` [..., D]."""
     rows = jnp.moveaxis(_settled(columns), -1, 0)
     return rows.reshape(*like.shape[:-1], *rows.shape[1:])
@@ -166,7 +179,7 @@ def project_qkv(weights: Weights, arch: Architecture, x: jax.Array) -> tuple[jax
     shard holds whole groups: qkv[:, k] = N/K query heads, then the key, then the value.
     """
     if "qkv" in weights:
-        fused = rows_of(dot_columns("kjhd,dm->kjhm", weights["qkv"], columns(x)), x)
+        fused = dot_output_major(x, weights["qkv"])
         if arch.qkv_bias:
             fused = fused + weights["qkv_bias"].astype(x.dtype)
         q = fused[..., :-2, :].reshape(*x.shape[:-1], arch.num_heads, arch.head_dim)
@@ -180,16 +193,18 @@ def project_qkv(weights: Weights, arch: Architecture, x: jax.Array) -> tuple[jax
 def project_out(weights: Weights, context: jax.Array) -> jax.Array:
     """[..., D] from the heads' `context` [..., N, H]; the sampler's matrix has N and H merged."""
     if weights["o"].ndim == 2:
-        merged = context.reshape(*context.shape[:-2], -1)
-        return rows_of(dot_columns("de,em->dm", weights["o"], columns(merged)), merged)
+        return dot_output_major(context.reshape(*context.shape[:-2], -1), weights["o"])
     return linear(weights, "o", context)
 
 
 def swiglu(weights: Weights, x: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x)), `x` [..., D]; gate and up fused in the sampler's layout."""
     if "gate_up" in weights:
-        gate, up = dot_columns("cfd,dm->cfm", weights["gate_up"], columns(x))
-        return rows_of(dot_columns("df,fm->dm", weights["down"], jax.nn.silu(gate) * up), x)
+        if feeds_columns():  # and so between the two products
+            gate, up = _dot_columns(weights["gate_up"], _columns(x))
+            return _rows_of(_dot_columns(weights["down"], jax.nn.silu(gate) * up), x)
+        both = dot_output_major(x, weights["gate_up"])
+        return dot_output_major(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], weights["down"])
 
     def back(gate: jax.Array, up: jax.Array) -> jax.Array:
         return linear(weights, "down", jax.nn.silu(gate) * up)

@@ -35,8 +35,9 @@ class RowShape:
 MICROBATCHES_PER_UPDATE = 128
 """Micro-batches of an update whose completions all reach the cap, if the token budget allows so many; of one with
 lengths of a quarter of that, 32. The last of them is half empty on average: 2 % of the slots."""
-LEAST_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
-"""Below so many per shard a micro-batch is not made smaller: its fixed costs would show."""
+LEAST_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
+"""Below so many per shard a micro-batch is not made smaller: its fixed costs would show. Adding the gradients of all
+parameters takes 12 bytes of each, a token 8 FLOPs: on a chip of 200 FLOPs per byte 300 tokens' worth of time."""
 ROW_TOKENS_ON_CPU = 2048
 """Length of a row there, if the longest prompt and completion allow: what follows a prompt costs no more in a long row,
 for blocks of attention that nobody sees are skipped, and the fewer rows the fewer copies of prompts."""

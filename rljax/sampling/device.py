@@ -149,6 +149,11 @@ class DecodeDevice:
         )
         self._state = dataclasses.replace(self._state, stopped=stopped)
 
+    @property
+    def compilers(self) -> int:
+        """Programs that `prepare` can have compiled at once."""
+        return self._programs.compilers
+
     def prepare(self, shape: Shape) -> None:
         """Compiles in the background what decodes in `shape`."""
         self._programs.prepare(self._decode_key(shape), partial(self._lower_decode, shape))

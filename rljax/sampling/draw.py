@@ -1,10 +1,11 @@
 """A token and its behaviour log-prob from logits: two-level inverse CDF, one key per row and position, no sort.
 
-Letters: B rows, V vocabulary, n blocks of W entries.
+Letters: B rows, V vocabulary, n blocks.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -73,56 +74,91 @@ def draw(
         ids, rows = banned
         named = (jnp.arange(logits.shape[1])[:, None] == ids).any(axis=1)
         offered = jnp.where(rows[:, None] & named, -jnp.inf, scaled)
-    blocks = _blocks(offered)
-    tops = blocks.max(axis=-1)
+    cut = _Cut.of(logits.shape[1])
+    # Held back, or XLA takes the maximum of maxima, and the sum of sums, from all entries again in a pass of its own.
+    tops = jax.lax.optimization_barrier(cut.by_block(jnp.max, offered))
     highest = tops.max(axis=-1)
-    depth = highest[:, None, None] - blocks  # >= 0; compared as it is, since exp differs by an ulp between programs
+    depth = highest[:, None] - offered  # >= 0; compared as it is, since exp differs by an ulp between programs
     limit = None
     if truncation is not None:
         limit = jnp.where(greedy, jnp.inf, _limit(depth, truncation))
-    block_mass = _mass(depth, limit).sum(axis=-1)
+    block_mass = jax.lax.optimization_barrier(cut.by_block(jnp.sum, _mass(depth, limit)))
     total = block_mass.sum(axis=-1)
 
     weights = jnp.where(greedy, (tops == highest[:, None]).astype(jnp.float32), block_mass)
     block = _locate(weights, jnp.where(greedy, 0.0, uniforms[:, 0]))
-    near = jnp.take_along_axis(depth, block[:, None, None], axis=1)
-    inside = jnp.where(greedy, (near == 0).astype(jnp.float32), _mass(near, limit))[:, 0]
+    near = cut.take(depth, block)
+    inside = jnp.where(greedy, (near == 0).astype(jnp.float32), _mass(near, limit))
     column = _locate(inside, jnp.where(greedy, 0.0, uniforms[:, 1]))
-    logprob = -jnp.take_along_axis(near[:, 0], column[:, None], axis=1)[:, 0] - jnp.log(total)
+    logprob = -jnp.take_along_axis(near, column[:, None], axis=1)[:, 0] - jnp.log(total)
 
     kept = jnp.ones_like(total)
     if truncation is not None or banned is not None:
-        kept = total / _mass(highest[:, None, None] - _blocks(scaled), None).sum(axis=-1).sum(axis=-1)
-    return _token(block, column, logits.shape[1]), logprob, kept
+        kept = total / cut.by_block(jnp.sum, _mass(highest[:, None] - scaled, None)).sum(axis=-1)
+    return cut.start(block) + column.astype(jnp.int32), logprob, kept
 
 
-def _cut(vocab: int) -> tuple[int, int, int, int]:
-    """Segments, entries of each, blocks of each, entries of a block."""
-    segments = math.gcd(vocab, _SEGMENTS)
-    length = vocab // segments
-    count = -(-length // BLOCK)
-    return segments, length, count, -(-length // count)
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """How a vocabulary is cut into blocks: `segments`, each of `whole` blocks of `width` entries and one of the `rest`.
 
+    Nothing is padded: a pass over the logits reads them as they lie.
+    """
 
-def _blocks(scores: jax.Array) -> jax.Array:
-    """[B, V] as [B, n, W]; places beyond the vocabulary hold -inf."""
-    segments, length, count, width = _cut(scores.shape[1])
-    parts = jnp.pad(
-        scores.reshape(-1, segments, length), ((0, 0), (0, 0), (0, count * width - length)), constant_values=-jnp.inf
-    )
-    return parts.reshape(-1, segments * count, width)
+    segments: int
+    whole: int
+    width: int
+    rest: int
 
+    @classmethod
+    def of(cls, vocab: int) -> "_Cut":
+        segments = math.gcd(vocab, _SEGMENTS)
+        length = vocab // segments
+        width = min(BLOCK, length)
+        return cls(segments, length // width, width, length % width)
 
-def _token(block: jax.Array, column: jax.Array, vocab: int) -> jax.Array:
-    """[B] int32 id of the entry at `column` of `block`."""
-    _, length, count, width = _cut(vocab)
-    return (block // count * length + block % count * width + column).astype(jnp.int32)
+    @property
+    def _blocks(self) -> int:
+        """Of a segment."""
+        return self.whole + (self.rest > 0)
+
+    def _parts(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, V] as the whole blocks [B, segments, whole, width] and the rests [B, segments, rest]."""
+        x = x.reshape(x.shape[0], self.segments, -1)
+        inside = self.whole * self.width
+        return x[..., :inside].reshape(*x.shape[:2], self.whole, self.width), x[..., inside:]
+
+    def by_block(self, reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        """`reduce` of each block of `x` [B, V]: [B, n]."""
+        whole, rest = self._parts(x)
+        reduced = reduce(whole, axis=-1)
+        if self.rest:
+            reduced = jnp.concatenate([reduced, reduce(rest, axis=-1)[..., None]], axis=-1)
+        return reduced.reshape(x.shape[0], -1)
+
+    def take(self, depth: jax.Array, block: jax.Array) -> jax.Array:
+        """Block `block` [B] of `depth` [B, V]: [B, width], inf beyond its end."""
+        whole, rest = self._parts(depth)
+        segment, number = block // self._blocks, block % self._blocks
+        flat = whole.reshape(len(block), -1, self.width)
+        place = segment * self.whole + jnp.minimum(number, self.whole - 1)
+        taken = jnp.take_along_axis(flat, place[:, None, None], axis=1)[:, 0]
+        if not self.rest:
+            return taken
+        last = jnp.take_along_axis(rest, segment[:, None, None], axis=1)[:, 0]
+        last = jnp.pad(last, ((0, 0), (0, self.width - self.rest)), constant_values=jnp.inf)
+        return jnp.where((number == self.whole)[:, None], last, taken)
+
+    def start(self, block: jax.Array) -> jax.Array:
+        """[B] int32: the first entry of block `block` [B]."""
+        length = self.whole * self.width + self.rest
+        return (block // self._blocks * length + block % self._blocks * self.width).astype(jnp.int32)
 
 
 def _mass(depth: jax.Array, limit: jax.Array | None) -> jax.Array:
-    """exp(-depth) [B, n, W], 0 deeper than `limit` [B]."""
+    """exp(-depth) [B, n], 0 deeper than `limit` [B]."""
     mass = jnp.exp(-depth)
-    return mass if limit is None else jnp.where(depth <= limit[:, None, None], mass, 0.0)
+    return mass if limit is None else jnp.where(depth <= limit[:, None], mass, 0.0)
 
 
 def _locate(mass: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -136,12 +172,12 @@ def _locate(mass: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _limit(depth: jax.Array, truncation: Truncation) -> jax.Array:
-    """How far below the likeliest token [B] is kept; depth [B, n, W]."""
+    """How far below the likeliest token [B] is kept; depth [B, V]."""
     offered = jnp.where(depth < jnp.inf, 1.0, 0.0)
     wanted = jnp.where(truncation.top_k > 0, truncation.top_k.astype(jnp.float32), jnp.inf)
-    first = _shallowest(depth, offered, jnp.minimum(wanted, offered.sum(axis=(1, 2))))
+    first = _shallowest(depth, offered, jnp.minimum(wanted, offered.sum(axis=1)))
     left = _mass(depth, first)
-    nucleus = _shallowest(depth, left, truncation.top_p * left.sum(axis=(1, 2)))
+    nucleus = _shallowest(depth, left, truncation.top_p * left.sum(axis=1))
     nucleus = jnp.where(truncation.top_p < 1, nucleus, jnp.inf)
     return jnp.minimum(jnp.minimum(first, nucleus), -jnp.log(truncation.min_p))
 
@@ -156,7 +192,7 @@ def _shallowest(depth: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.A
     def body(step: jax.Array, bits: jax.Array) -> jax.Array:
         bit = jnp.int32(1) << (_FLOAT_BITS - 1 - step)
         limit = jax.lax.bitcast_convert_type(bits + bit - 1, jnp.float32)  # the last one with this bit still 0
-        down_to = jnp.where(depth <= limit[:, None, None], weight, 0.0).sum(axis=(1, 2))
+        down_to = jnp.where(depth <= limit[:, None], weight, 0.0).sum(axis=1)
         return jnp.where(down_to >= enough, bits, bits + bit)
 
     bits = jax.lax.fori_loop(0, _FLOAT_BITS, body, jnp.zeros(depth.shape[0], jnp.int32))

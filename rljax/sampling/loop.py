@@ -107,6 +107,8 @@ class Device(Protocol):
     Tables are [lanes or rows] of all shards, shard after shard. A sample is prompt * samples_per_prompt + g.
     """
 
+    @property
+    def compilers(self) -> int: ...
     def start(self, shape: Shape, prompts: LanePrompts, row_sample: np.ndarray) -> Any: ...
     def admit(self, shape: Shape, lane: np.ndarray, prompts: LanePrompts, row_sample: np.ndarray) -> Any: ...
     def decode(self, shape: Shape) -> Any: ...
@@ -210,6 +212,9 @@ class DecodeLoop:
         self._row_sample = table.reshape(-1)
         self._row_start = np.zeros(len(self._row_sample), np.int64)
         self.stats.waves += 1
+        if self._longest > 1:  # compiled beside what runs the prompts, and where there are cores the sizes that follow
+            for slots in plan.slots[: self.device.compilers]:
+                self.device.prepare(dataclasses.replace(self._shape, slots=slots))
         drawn = self.device.start(self._shape, self._prompts(table), self._row_sample)
         self._pending.append((self._row_sample.copy(), drawn, 0, None))
         self._read(keep=0 if self._longest == 1 else 1)

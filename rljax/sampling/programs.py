@@ -1,5 +1,6 @@
 """The compiled programs of a sampler: one per static shape, made when first needed or earlier in the background."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -7,6 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+
+_CORES_PER_COMPILER, _MOST_COMPILERS = 4, 4
+"""A program is compiled by one core for most of the time, and tuned on the one accelerator."""
 
 
 class Programs:
@@ -16,9 +20,11 @@ class Programs:
     """
 
     def __init__(self) -> None:
+        self.compilers = min(_MOST_COMPILERS, max(1, (os.cpu_count() or 1) // _CORES_PER_COMPILER))
+        """Programs that can be compiled at once in the background."""
         self._compiled: dict[tuple[Any, ...], Future[Any]] = {}
         self._lock = threading.Lock()
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._background = ThreadPoolExecutor(self.compilers, thread_name_prefix="compile")
         self.seconds = 0.0
         """Spent on compiling by now, in the background included."""
 
@@ -53,4 +59,5 @@ class Programs:
         except BaseException as error:  # to whoever waits for the program, in its own thread
             future.set_exception(error)
         finally:
-            self.seconds += time.perf_counter() - start
+            with self._lock:
+                self.seconds += time.perf_counter() - start

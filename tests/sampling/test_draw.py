@@ -57,7 +57,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("vocab", [7, 300])  # one block; four segments of one block each
+@pytest.mark.parametrize("vocab", [7, 300, 1200])  # one block; four segments of one block each; of one and a rest
 def test_chi_square_against_the_exact_distribution(vocab: int, case: str) -> None:
     settings = CASES[case]
     logits = np.random.default_rng(vocab).normal(0, 1.5, vocab).astype(np.float32)
@@ -159,7 +159,7 @@ def test_greedy_takes_the_first_maximum_and_reports_temperature_one() -> None:
         assert float(kept[0]) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("vocab", [37, 1024, 151936 // 64])
+@pytest.mark.parametrize("vocab", [37, 1024, 151936 // 64, 151936 // 32])
 def test_greedy_is_argmax(vocab: int) -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(300, vocab)), jnp.float32)
     token, _, _ = draw(logits, jnp.full((300, 2), 0.7), jnp.float32(0.0))

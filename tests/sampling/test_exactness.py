@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import make_prompts
 
+from rljax.models import layers
 from rljax.sampling.cache import visible_slots
 from rljax.sampling.device import DecodeDevice
 from rljax.sampling.engine import EngineOptions, Sampler
@@ -143,3 +144,15 @@ def test_score_gives_the_log_probs_that_were_sampled(plain, engine) -> None:
     np.testing.assert_allclose(scored, warm.behaviour_logprobs[:, : scored.shape[1]], atol=2e-5)
     with pytest.raises(ValueError, match="71 completions of 72 prompts"):
         sampler.score(PROMPTS, completions[:71])
+
+
+def test_rows_and_columns_draw_the_same(tiny, tiny_params, mesh, monkeypatch) -> None:
+    """A CPU multiplies a step's rows as columns of the right operand, a GPU or TPU as rows of the left one."""
+    prompts, caps = make_prompts([3, 8, 5]), np.arange(1, 13, dtype=np.int32)
+    drawn = []
+    for columns in (True, False):
+        monkeypatch.setattr(layers, "feeds_columns", lambda columns=columns: columns)
+        sampler = Sampler(tiny_params, tiny, mesh, stop_ids=())
+        drawn.append(sampler.generate(prompts, 4, key=KEY, max_completion_tokens=caps))
+    np.testing.assert_array_equal(drawn[0].tokens, drawn[1].tokens)
+    np.testing.assert_allclose(drawn[0].behaviour_logprobs, drawn[1].behaviour_logprobs, atol=1e-5)
