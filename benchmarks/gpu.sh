@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Rollouts on a GPU against transformers, and updates against torch, on the same card: Qwen2.5 shapes, random weights,
-# bfloat16, in under ten minutes and without a network.
+# Rollouts on a GPU against transformers, or updates against torch, on the same card: Qwen2.5 shapes, random weights,
+# bfloat16, each in under ten minutes and without a network.
 #
-#   benchmarks/gpu.sh                         # all rows, as far as the time allows
+#   benchmarks/gpu.sh                         # rollouts, as far as the time allows
+#   benchmarks/gpu.sh updates
 #   benchmarks/gpu.sh 1.5b-b512 0.5b-update   # these rows
 #   benchmarks/gpu.sh --rehearse              # the same path with tiny shapes on the CPU
 #
@@ -33,8 +34,12 @@ else
   # Both processes hold their weights on one card: neither may take it all.
   export XLA_PYTHON_CLIENT_PREALLOCATE=false
   export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-8}
-  rows=(0.5b-b512 1.5b-b512 7b-b256 0.5b-update 1.5b-update) repeats=3 more=()
-  [ $# -gt 0 ] && rows=("$@")
+  repeats=3 more=()
+  case ${1:-rollouts} in
+    rollouts) rows=(0.5b-b512 1.5b-b512 7b-b256) ;;
+    updates) rows=(0.5b-update 1.5b-update) ;;
+    *) rows=("$@") ;;
+  esac
   out=${BENCH_OUT:-benchmarks/results}
 fi
 export BENCH_HF_PYTHON=${BENCH_HF_PYTHON:-$(command -v "$PYTHON")}
