@@ -856,6 +856,21 @@ def test_convert_merges_an_adapter_or_writes_it_for_peft(adapted: Path, place: P
         np.testing.assert_allclose(merged[name], weight + change, rtol=0, atol=1e-6 if np.any(change) else 0)
 
 
+def test_sft_with_lora_adds_products_of_its_rank_to_the_targets_alone(place: Place, tmp_path: Path) -> None:
+    given = [place.config, "--data.train", str(place.root / "drill.jsonl"), "--sft.output", str(tmp_path / "taught")]
+    given += ["--sft.steps", "3", "--lora.rank", "2", "--lora.targets", "q", "down"]
+    assert main(["sft", *given]) == 0
+    base, taught = (load_file(folder / "model.safetensors") for folder in (place.start, tmp_path / "taught"))
+    assert set(base) == set(taught)
+    for name, weight in base.items():
+        change = taught[name].astype(np.float64) - weight
+        if name.endswith(("q_proj.weight", "down_proj.weight")):
+            scales = np.linalg.svd(change, compute_uv=False)
+            assert scales[1] > 1e-4 and scales[2] < 1e-3 * scales[1]
+        else:
+            assert not change.any()
+
+
 def test_only_a_run_with_lora_has_an_adapter(stopped: Path, place: Place, tmp_path: Path, refused: Refused) -> None:
     said = refused("convert", "--adapter", str(stopped), str(tmp_path / "new"))
     assert f"{stopped} is a run without LoRA" in said and "leave --adapter out" in said

@@ -20,7 +20,7 @@ from rljax.config import AlgorithmConfig, LoraConfig, MeshConfig, OptimizerConfi
 from rljax.mesh import LEARNER_RULES, make_mesh, param_shardings
 from rljax.models import qwen2
 from rljax.models.lora import adapter_axes, init_adapter
-from rljax.rl.learner import Learner, fresh_state, state_shapes
+from rljax.rl.learner import Learner, fresh_state, reference_copy, state_shapes
 from rljax.rl.update import Compute
 from rljax.sampling.engine import EngineOptions, Sampler
 
@@ -50,11 +50,17 @@ def run(mesh):
     gathered = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)]
     optimizer = OptimizerConfig(learning_rate=1e-3)
     learner = Learner(fresh_state(params, state_shapes(shapes, optimizer, mesh), optimizer), params, TINY, mesh,
-                      AlgorithmConfig(updates_per_step=2, microbatch_tokens=256), optimizer, Compute())
+                      AlgorithmConfig(updates_per_step=2, microbatch_tokens=256, reference_update="ema",
+                                      reference_ema_decay=0.25), optimizer, Compute())
+    learner.reference = reference_copy(params, "float32")
     advantages = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
     metrics = learner.step(rollouts, advantages)
+    learner.move_reference(1)
+    moved = jax.tree.map(lambda to, leaf: to.is_equivalent_to(leaf.sharding, leaf.ndim), shardings, learner.reference)
+    assert all(jax.tree.leaves(moved)), moved
     floats = {k: v.value() for k, v in jax.device_get(metrics).items()}
-    return rollouts, jax.device_get(learner.state), floats, max(gathered, default=0), long
+    state, reference = jax.device_get((learner.state, learner.reference))
+    return rollouts, state, floats, max(gathered, default=0), long, reference
 
 def adapted(mesh, rollouts):
     '''An adapter's update and the sync after it: (adapter, sampler's parameters, norm of the gradient).'''
@@ -87,6 +93,13 @@ for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("data 2 x tensor 2", MeshC
         "params": max(
             float(np.abs(a - b).max())
             for a, b in zip(jax.tree.leaves(one[1].params), jax.tree.leaves(many[1].params), strict=True)
+        ),
+        "reference": max(
+            float(np.abs(a - b).max()) for a, b in zip(*(jax.tree.leaves(side[5]) for side in (one, many)), strict=True)
+        ),
+        "reference_moved": max(
+            float(np.abs(a - b).max())
+            for a, b in zip(jax.tree.leaves(one[5]), jax.tree.leaves(far_from_uniform()), strict=True)
         ),
         "grad_norm": abs(one[2]["policy/grad_norm"] - many[2]["policy/grad_norm"]) / one[2]["policy/grad_norm"],
     }
@@ -139,6 +152,7 @@ def test_many_devices_equal_one(differences: dict[str, dict[str, float]], mesh: 
     assert difference["grad_norm"] < 2e-6
     # AdamW turns a gradient near 0 into a whole step of the learning rate, whatever its rounding: hence not 1e-6.
     assert difference["params"] < 2e-5
+    assert difference["reference"] < 2e-5 and difference["reference_moved"] > 1e-4
 
 
 def test_an_adapter_learns_and_is_synced_on_many_devices_as_on_one(differences: dict[str, dict[str, float]]) -> None:

@@ -38,9 +38,9 @@ lengths of a quarter of that, 32. The last of them is half empty on average: 2 %
 LEAST_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
 """Below so many per shard a micro-batch is not made smaller: its fixed costs would show. Adding the gradients of all
 parameters takes 12 bytes of each, a token 8 FLOPs: on a chip of 200 FLOPs per byte 300 tokens' worth of time."""
-ROW_TOKENS_ON_CPU = 2048
-"""Length of a row there, if the longest prompt and completion allow: what follows a prompt costs no more in a long row,
-for blocks of attention that nobody sees are skipped, and the fewer rows the fewer copies of prompts."""
+ROW_TOKENS = 2048
+"""Length of a row where blocks of attention that nobody sees are skipped, if the longest prompt and completion allow:
+what follows a prompt then costs no more in a long row, and the fewer rows the fewer copies of prompts."""
 
 
 def row_shape(
@@ -56,17 +56,17 @@ def row_shape(
 ) -> RowShape:
     """For updates of `completions` completions of at most `completion_slots` tokens, prompts of at most `prompt_slots`.
 
-    A row is a longest prompt and j longest completions, 1 <= j <= `group_size`. On a CPU they are as many as
-    `ROW_TOKENS_ON_CPU` holds. Elsewhere a token of it costs 1 + T / a, where a is the T at which attention that looks
-    at the whole square costs as much as a layer's matmuls; what a row is for are the T - S beside the prompt.
+    A row is a longest prompt and j longest completions, 1 <= j <= `group_size`. On CPU and TPU they are as many as
+    `ROW_TOKENS` holds. On a GPU a token of it costs 1 + T / a, where a is the T at which attention, there of the whole
+    square, costs as much as a layer's matmuls; what a row is for are the T - S beside the prompt.
     T (1 + T / a) / (T - S) is smallest at T = S + sqrt(S^2 + a S), and j comes close to that, as far as a micro-batch
     goes.
     """
     longest = prompt_slots + completion_slots
     share = completions * longest // (MICROBATCHES_PER_UPDATE * row_shards)
     tokens = min(microbatch_tokens, max(share, LEAST_TOKENS[platform]))
-    if platform == "cpu":
-        fitting = (min(microbatch_tokens, ROW_TOKENS_ON_CPU) - prompt_slots) // completion_slots
+    if platform != "gpu":
+        fitting = (min(microbatch_tokens, ROW_TOKENS) - prompt_slots) // completion_slots
     else:
         equal = matmul_params(arch) / (2 * arch.num_layers * arch.num_heads * arch.head_dim)
         best = math.sqrt(prompt_slots**2 + equal * prompt_slots)

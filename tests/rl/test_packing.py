@@ -129,14 +129,20 @@ def log_normal(rng: np.random.Generator, shape: tuple[int, int], mean: float, ca
 
 
 @pytest.mark.parametrize("model", ["tiny", "qwen2.5-0.5b", "qwen2.5-7b"])
-@pytest.mark.parametrize(("prompts", "mean", "cap"), [(32, 128, 512), (128, 424, 2048)])
-def test_less_than_four_percent_of_the_slots_are_padding(prompts: int, mean: int, cap: int, model: str) -> None:
+@pytest.mark.parametrize(
+    ("platform", "prompts", "mean", "cap"),
+    # An update of few tokens has few micro-batches on an accelerator, and of them the last is half empty.
+    [("cpu", 32, 128, 512), ("cpu", 128, 424, 2048), ("gpu", 128, 424, 2048), ("tpu", 128, 424, 2048)],
+)
+def test_less_than_four_percent_of_the_slots_are_padding(
+    platform: str, prompts: int, mean: int, cap: int, model: str
+) -> None:
     shares = []
     for seed in range(10):
         lengths = log_normal(np.random.default_rng(seed), (prompts, 8), mean, cap)
         shape = row_shape(
             ARCHITECTURES[model], 64, cap, 8, completions=lengths.size, row_shards=1, microbatch_tokens=16384,
-            platform="cpu",
+            platform=platform,
         )  # fmt: skip
         packing = pack(np.full(prompts, 64), lengths, shape.positions)
         in_use = -(-packing.num_rows // shape.rows)
