@@ -11,8 +11,6 @@
 # BENCH_HF_PYTHON  has torch and transformers (PYTHON)
 # BENCH_SECONDS    after which nothing more is measured (570)
 # BENCH_COMMIT     recorded where the copy has no history
-# BENCH_VARIANTS   caches of transformers for the rows of models beyond the first (dynamic): compiling its static cache
-#                  takes a minute for each shape
 # BENCH_OUT        folder of the results (benchmarks/results)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -50,7 +48,8 @@ mapfile -t models < <(printf '%s\n' "${rows[@]%%-*}" | sed 's/^rehearsal$/tiny/'
 "$PYTHON" benchmarks/models.py bfloat16 "${models[@]}"
 [ "$JAX_PLATFORMS" = cpu ] || export XLA_PYTHON_CLIENT_MEM_FRACTION=0.5
 
-# One row after the other, each within what is left; lines are written row by row, so nothing measured is lost.
+# One row after the other, each within what is left; lines are written row by row, so nothing measured is lost. Only the
+# first row of rollouts tries the static cache of transformers: compiling it takes a minute for each shape.
 failed=0 variants=()
 for row in "${rows[@]}"; do
   left=$((BUDGET - SECONDS))
@@ -63,11 +62,11 @@ for row in "${rows[@]}"; do
     *-update) run=(update.py --peer torch --out "$out/update.jsonl") ;;
     *)
       run=(sampling.py --peer hf "${variants[@]}" --out "$out/gpu.jsonl")
-      variants=(--variants "${BENCH_VARIANTS:-dynamic}")
+      variants=(--variants dynamic)
       ;;
   esac
-  timeout -k 10 "$left" "$PYTHON" "benchmarks/${run[0]}" "${run[@]:1}" --cases "${row/rehearsal-update/rehearsal}" --dtype bfloat16 \
-    --reps "$repeats" "${more[@]}" || { echo "$row: not complete" >&2; failed=1; }
+  timeout -k 10 "$left" "$PYTHON" "benchmarks/${run[0]}" "${run[@]:1}" --cases "${row/rehearsal-update/rehearsal}" \
+    --dtype bfloat16 --reps "$repeats" "${more[@]}" || { echo "$row: not complete" >&2; failed=1; }
   echo "$row: $SECONDS seconds since the start"
 done
 

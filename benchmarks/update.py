@@ -224,6 +224,8 @@ def main() -> int:
     parser.add_argument("--busy", action="store_true", help="count every repeat, whatever else runs: a rehearsal")
     parser.add_argument("--ablations", nargs="*", metavar="NAME", choices=[*ABLATIONS, *PARTS], help="these, or all")
     given = parser.parse_args()
+    if given.ablations is not None and given.dtype != "float32":
+        parser.error(f"--ablations are measured in float32; leave --dtype {given.dtype} out")
     rows = chosen(given.cases, TRAINING_ROWS)
     on_cpu = jax.default_backend() == "cpu"
     device = describe_cpu() if on_cpu else jax.devices()[0].device_kind

@@ -56,8 +56,7 @@ def feeds_columns() -> bool:
     """Whether the rows of a decode step are multiplied as W X with X [D, rows], on this process's platform.
 
     XLA:CPU rearranges the right operand of a product before it multiplies, and the few rows of a step are less to
-    rearrange than a weight. A GPU takes either order, but to turn the result back costs it three times what its
-    smallest product does.
+    rearrange than a weight. A GPU takes either order, but turning the result back is slow there.
     """
     return jax.default_backend() == "cpu"
 

@@ -151,8 +151,10 @@ def test_rows_and_columns_draw_the_same(tiny, tiny_params, mesh, monkeypatch) ->
     prompts, caps = make_prompts([3, 8, 5]), np.arange(1, 13, dtype=np.int32)
     drawn = []
     for columns in (True, False):
-        monkeypatch.setattr(layers, "feeds_columns", lambda columns=columns: columns)
+        asked = []
+        monkeypatch.setattr(layers, "feeds_columns", lambda columns=columns, asked=asked: asked.append(1) or columns)
         sampler = Sampler(tiny_params, tiny, mesh, stop_ids=())
         drawn.append(sampler.generate(prompts, 4, key=KEY, max_completion_tokens=caps))
+        assert asked, "the programs were not traced anew"
     np.testing.assert_array_equal(drawn[0].tokens, drawn[1].tokens)
     np.testing.assert_allclose(drawn[0].behaviour_logprobs, drawn[1].behaviour_logprobs, atol=1e-5)
