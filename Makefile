@@ -44,7 +44,7 @@ golden-trl: .venv-trl/installed  ## what TRL makes of frozen rollouts, which the
 
 golden-smoke: $(VENV)/dev  ## the numbers of configs/smoke.yaml, which a change of the code must not move
 	rm -rf runs/smoke
-	PYTHONPATH=tests $(BIN)/python -m golden.smoke runs/smoke
+	PYTHONPATH=tests $(BIN)/python -m golden.smoke runs/smoke $(ADD)
 
 clean:
 	rm -rf $(VENV) $(PARITY) .venv-hf .venv-tunix .venv-trl runs .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -40,6 +40,8 @@ TRAINER_TOKENS_ON_GPU = (8192,)
 """As many as a micro-batch of ours has there."""
 LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 """By dtype: of the largest difference in float32, of the mean one in bfloat16, whose logits have three digits."""
+ROUNDING_TOLERANCE = 1.25
+"""In bfloat16: of the learner's mean difference from a peer in float32, in units of that of the peer in bfloat16."""
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.02}
 """Of the norm of the first gradient, relative."""
 
@@ -188,7 +190,11 @@ def as_ids(rollouts: Rollouts) -> dict[str, list[list[int]]]:
 
 
 def check_logprobs(learner: Learner, rollouts: Rollouts, workers: Sequence[Worker]) -> None:
-    """Log-probs of the same completions under the learner's weights are those of every worker, and of our sampler.
+    """Log-probs of the same completions under the learner's weights are those of our sampler and of every worker.
+
+    Two that round differently differ by more than either is wrong. So in bfloat16 a worker says what they are in
+    float32, and the learner may be about as far from that as the worker's model is when held in bfloat16: with all
+    of its activations, then, where autocast keeps the residual stream in float32.
 
     Raises:
       Void: they are not.
@@ -196,16 +202,31 @@ def check_logprobs(learner: Learner, rollouts: Rollouts, workers: Sequence[Worke
     dtype = str(learner.compute.dtype)
     worst, name_of_gap = (np.max, "") if dtype == "float32" else (np.mean, "on average ")
     ours = learner.score(learner.state.params, rollouts)
-    theirs = {"the sampler": [row[:n] for row, n in zip(rollouts.behaviour_logprobs, rollouts.lengths, strict=True)]}
+
+    def gap(theirs: Sequence[Sequence[float]], name: str, mine: Sequence[Sequence[float]]) -> float:
+        if [len(row) for row in theirs] != rollouts.lengths.tolist():
+            raise Void(f"log-probs of {name} are not of the completions they were asked for")
+        pairs = zip(mine, theirs, strict=True)
+        return float(worst(np.concatenate([np.abs(np.asarray(a)[: len(b)] - np.asarray(b)) for a, b in pairs])))
+
+    def check(name: str, found: float, allowed: float) -> None:
+        if not found <= allowed:  # so that NaN does not pass
+            raise Void(
+                f"log-probs of the learner and {name} differ {name_of_gap}by {found:.2g} ({allowed:.2g} allowed)"
+            )
+        print(f"  log-probs {name_of_gap}within {found:.1e} of those of {name} ({len(ours)} completions)", flush=True)
+
+    sampled = [row[:n] for row, n in zip(rollouts.behaviour_logprobs, rollouts.lengths, strict=True)]
+    check("the sampler", gap(sampled, "the sampler", ours), LOGPROB_TOLERANCE[dtype])
     for worker in workers:
-        theirs[worker.name] = worker.ask("logprobs", **as_ids(rollouts))["logprobs"]
-    for name, rows in theirs.items():
-        gaps = [np.abs(mine[: len(row)] - np.asarray(row)) for mine, row in zip(ours, rows, strict=True)]
-        gap = float(worst(np.concatenate(gaps)))
-        same = [len(row) for row in rows] == rollouts.lengths.tolist()
-        if not same or not gap <= LOGPROB_TOLERANCE[dtype]:  # so that NaN does not pass
-            raise Void(f"log-probs of the learner and {name} differ {name_of_gap}by {gap:.2g}")
-        print(f"  log-probs {name_of_gap}within {gap:.1e} of those of {name} ({len(gaps)} completions)", flush=True)
+        if dtype == "float32":
+            theirs = worker.ask("logprobs", **as_ids(rollouts))["logprobs"]
+            check(worker.name, gap(theirs, worker.name, ours), LOGPROB_TOLERANCE[dtype])
+            continue
+        exact, held = (worker.ask("logprobs", kind=kind, **as_ids(rollouts))["logprobs"] for kind in ("exact", "held"))
+        rounding = gap(exact, worker.name, held)
+        check(f"{worker.name} in float32", gap(exact, worker.name, ours), ROUNDING_TOLERANCE * rounding)
+        print(f"  those of {worker.name} held in {dtype} within {rounding:.1e}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- trainers

@@ -63,12 +63,17 @@ def test_nothing_is_compiled_after_warm_up(here: dict[str, Any]) -> None:
     assert max(here["compiled"]) <= WARM_UP
 
 
+ELSEWHERE = 0.1
+"""Relative difference on a kind of machine that recorded nothing. The warm start amplifies roundings, and a drawn token
+may differ: on two kinds of CPU the numbers of the first step differed by up to 4 %, those of the third by half."""
+
+
 def test_the_numbers_are_those_recorded(here: dict[str, Any]) -> None:
     recorded = json.loads(smoke.GOLDEN.read_text())
-    if recorded["fingerprint"] == smoke.fingerprint():
-        assert here["steps"] == recorded["steps"]
-        assert here["state"] == recorded["state"]
-        return
-    # Elsewhere a rounding may draw another token, and everything after it differs: the first step is what can be held.
-    assert here["steps"][0] == pytest.approx(recorded["steps"][0], rel=1e-3)
-    pytest.skip(f"recorded on {recorded['fingerprint']}, this is {smoke.fingerprint()}: only the first step compared")
+    for one in recorded:
+        if one["fingerprint"] == smoke.fingerprint():
+            assert here["steps"] == one["steps"]
+            assert here["state"] == one["state"]
+            return
+    assert here["steps"][0] == pytest.approx(recorded[0]["steps"][0], rel=ELSEWHERE)
+    pytest.skip(f"nothing was recorded on {smoke.fingerprint()}: only the first step was compared, roughly")

@@ -73,10 +73,12 @@ def _pick(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, tokens[..., None])[..., 0] - torch.logsumexp(logits, dim=-1)
 
 
-def _score(model: Any, tokens: torch.Tensor, attended: torch.Tensor | None, longest: int) -> torch.Tensor:
-    """Log-probs [B, R] of the last `longest` tokens."""
+def _score(
+    model: Any, tokens: torch.Tensor, attended: torch.Tensor | None, longest: int, as_held: bool = False
+) -> torch.Tensor:
+    """Log-probs [B, R] of the last `longest` tokens; `as_held`: in the dtype of the model's parameters, no autocast."""
     mixed = contextlib.nullcontext()
-    if state["dtype"] != torch.float32:
+    if state["dtype"] != torch.float32 and not as_held:
         mixed = torch.autocast(tokens.device.type, state["dtype"])
     with mixed:
         logits = model(input_ids=tokens, attention_mask=attended, logits_to_keep=longest + 1, use_cache=False).logits[
@@ -86,12 +88,14 @@ def _score(model: Any, tokens: torch.Tensor, attended: torch.Tensor | None, long
 
 
 @torch.no_grad()
-def logprobs(prompts: list[list[int]], completions: list[list[int]]) -> dict[str, Any]:
+def logprobs(prompts: list[list[int]], completions: list[list[int]], kind: str = "exact") -> dict[str, Any]:
+    """`exact`: of the model, in float32. `held`: of its copy in the dtype of the updates, before the first of them."""
+    model = {"exact": state["model"], "held": state["reference"]}[kind]
     tokens, attended, inside = _padded(prompts, completions)
     scored = []
     for part in (slice(first, first + GATE_ROWS) for first in range(0, len(tokens), GATE_ROWS)):
         mask = None if attended is None else attended[part]
-        scored += _score(state["model"], tokens[part], mask, inside.shape[1])
+        scored += _score(model, tokens[part], mask, inside.shape[1], as_held=True)
     return {"logprobs": [row[mask].tolist() for row, mask in zip(scored, inside, strict=True)]}
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import Architecture
-from rljax.models.layers import decoder_block, rms_norm, rope_tables
+from rljax.models.layers import Rope, decoder_block, rms_norm, rope_tables
 from rljax.models.qwen2 import Params, logits, prefill
 from rljax.sampling.cache import (
     PrefixCache,
@@ -231,13 +231,13 @@ def admit(
 
 
 def _feed(
-    params: Params, arch: Architecture, prefix: PrefixCache, state: DecodeState, in_prompt: jax.Array
+    params: Params, arch: Architecture, prefix: PrefixCache, state: DecodeState, in_prompt: jax.Array, angles: Rope
 ) -> tuple[jax.Array, SuffixCache]:
-    """Hidden state [B, D] after `state.token`, whose keys and values go to `state.slot`."""
+    """Hidden state [B, D] after `state.token`, whose keys and values go to `state.slot`; `angles` of all positions."""
     suffix = state.suffix
     samples = state.token.shape[0] // prefix.lengths.shape[0]
     positions = jnp.repeat(prefix.lengths, samples) + state.lengths - 1
-    rope = rope_tables(positions, arch.head_dim, arch.rope_theta)
+    cos, sin = (table.at[positions].get(mode="clip") for table in angles)
     visible = visible_slots(state.lengths, state.slot, suffix.values[0].shape[2])
     x = params["embed"][state.token]
     new_keys: list[jax.Array] = []
@@ -251,7 +251,7 @@ def _feed(
             shared = prefix.keys[layer], prefix.values[layer]
             return decode_attention(q, shared, in_prompt, (keys, values), visible), (keys, values)
 
-        x, (keys, values) = decoder_block(weights, arch, x, rope, attend)
+        x, (keys, values) = decoder_block(weights, arch, x, (cos, sin), attend)
         new_keys.append(keys)
         new_values.append(values)
     return rms_norm(x, params["final_norm"], arch.rms_norm_eps), SuffixCache(new_keys, new_values)
@@ -277,6 +277,9 @@ def decode_chunk(
     seen = visible_slots(state.lengths - 1, state.slot - 1, slots)
     clean = dataclasses.replace(state.suffix, values=[without_hidden(v, seen) for v in state.suffix.values])
     prefix = dataclasses.replace(prefix, values=[without_hidden(v, in_prompt) for v in prefix.values])
+    # Looked up in the loop: computed there, XLA would do so again in each layer, and for each head.
+    positions = jnp.arange(in_prompt.shape[1] + slots)
+    angles = rope_tables(positions, arch.head_dim, arch.rope_theta)
     lines = (
         jnp.zeros((steps, rows), jnp.int32),
         jnp.zeros((steps, rows), jnp.float32),
@@ -285,7 +288,7 @@ def decode_chunk(
 
     def body(step: jax.Array, carry: tuple[DecodeState, Any]) -> tuple[DecodeState, Any]:
         state, lines = carry
-        hidden, suffix = _feed(params, arch, prefix, state, in_prompt)
+        hidden, suffix = _feed(params, arch, prefix, state, in_prompt, angles)
         state = dataclasses.replace(state, suffix=suffix, slot=(state.slot + 1) % slots)
         state, line = _draw_next(state, logits(params, arch, hidden), settings)
         write = partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=0)
@@ -332,16 +335,18 @@ def take_cache(
 ) -> tuple[jax.Array, jax.Array]:
     """A layer's keys [B, K, H, R] and values [B, K, R, H] of the old `rows` [B'] (None: all) in rings of `slots` >= R.
 
-    A ring that grows is turned so that `slot`, the next to be written, comes first: the oldest token then lies at the
-    beginning, the newest in slot R - 1, and the new slots follow it.
+    A ring that grows gets its new slots before `slot`, the next to be written, which holds the oldest token: they are
+    written next, and from the newest token backwards nothing changes.
     """
 
     def take(cache: jax.Array, axis: int) -> jax.Array:
         if rows is not None:
             cache = _take(cache, jnp.maximum(rows, 0), shards)
-        grow = slots - cache.shape[axis]
-        if grow:
-            cache = jnp.pad(jnp.roll(cache, -slot, axis), [(0, grow if i == axis else 0) for i in range(cache.ndim)])
+        more = slots - cache.shape[axis]
+        if more:
+            whole = [(0, 0)] * cache.ndim
+            early, late = (jnp.pad(cache, [*whole[:axis], each, *whole[axis + 1 :]]) for each in ((0, more), (more, 0)))
+            cache = jnp.where(jax.lax.broadcasted_iota(jnp.int32, early.shape, axis) < slot, early, late)
         return cache
 
     return take(keys, 3), take(values, 2)

@@ -136,8 +136,6 @@ class DecodeDevice:
             self._take_layers(("lanes", old, new), prefix, lane_table, slot, self._prompt_slots)
             prefix = dataclasses.replace(prefix, lengths=lengths)
         self._take_layers(("rows", old, new), suffix, row_table, slot, new.slots)
-        if new.slots > old.slots:
-            small = dataclasses.replace(small, slot=jax.device_put(np.int32(old.slots), self._on.whole))
         self._prefix, self._state = prefix, dataclasses.replace(small, suffix=suffix)
 
     def cancel(self, shape: Shape, rows: np.ndarray) -> None:

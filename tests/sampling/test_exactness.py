@@ -12,6 +12,7 @@ from conftest import make_prompts
 
 from rljax.models import layers
 from rljax.sampling.cache import visible_slots
+from rljax.sampling.decode import take_cache
 from rljax.sampling.device import DecodeDevice
 from rljax.sampling.engine import EngineOptions, Sampler
 from rljax.types import Rollouts
@@ -102,6 +103,19 @@ def test_dead_memory_has_no_influence(engine, monkeypatch) -> None:
     assert sum(poisoned) > 10_000
     np.testing.assert_array_equal(dirty.tokens, clean.tokens)
     np.testing.assert_array_equal(dirty.behaviour_logprobs, clean.behaviour_logprobs)
+
+
+@pytest.mark.parametrize("slot", [0, 1, 5, 7])
+def test_a_ring_that_grows_keeps_what_lies_behind_its_slot(slot: int) -> None:
+    old, new = 8, 13
+    heads, head_dim, rows = 2, 4, jnp.array([2, -1, 0])
+    values = jax.random.normal(jax.random.key(0), (3, heads, old, head_dim))
+    keys = values.swapaxes(2, 3)
+    grown_keys, grown = take_cache(keys, values, rows, jnp.int32(slot), slots=new, shards=1)
+    assert grown.shape == (3, heads, new, head_dim)
+    np.testing.assert_array_equal(grown_keys, grown.swapaxes(2, 3))
+    for age in range(1, old + 1):
+        np.testing.assert_array_equal(grown[::2, :, (slot - age) % new], values[::-2, :, (slot - age) % old])
 
 
 def test_every_completion_may_have_its_own_cap(plain, engine) -> None:
