@@ -15,10 +15,10 @@ import numpy as np
 FREE = -1
 """In a row or lane table: nobody is there."""
 
-_FEWEST_SLOTS = 32
+_FEWEST_SLOTS = 40
 """Growing a smaller cache costs more programs than its slots cost time."""
 _FIRST_SHARE = 12
-"""The cache starts at this part of the longest completion: 7 or 8 sizes a factor of 1.5 apart."""
+"""The cache starts at this part of the longest completion or more: at most 7 sizes a factor of 1.5 apart."""
 _FEWEST_ROWS = 16
 """Fewer rows cost about as much as this many: the weights are read all the same."""
 _WIDTH_STEP = 4
@@ -52,11 +52,11 @@ def slot_ladder(max_tokens: int, chunk: int, growth: float) -> tuple[int, ...]:
     full = whole_chunks(max_tokens - 1)
     if growth <= 1:
         return (full,)
-    sizes, size = [], float(max(_FEWEST_SLOTS, full // _FIRST_SHARE))
-    while whole_chunks(size) < full:
+    sizes, size = [], float(full)  # from the top, or the last two may be nearly the same
+    while size >= max(_FEWEST_SLOTS, full / _FIRST_SHARE):
         sizes.append(whole_chunks(size))
-        size *= growth
-    return (*dict.fromkeys(sizes), full)
+        size /= growth
+    return tuple(sorted({full, *sizes}))
 
 
 def row_ladder(lanes: int, width: int) -> tuple[tuple[int, int], ...]:

@@ -27,16 +27,23 @@ def test_slot_ladder_ends_where_everything_fits(max_tokens: int, chunk: int) -> 
     assert list(ladder) == sorted(set(ladder))
     assert all(size % chunk == 0 for size in ladder)
     assert max_tokens - 1 <= ladder[-1] < max_tokens - 1 + chunk + (max_tokens == 1)
-    assert len(ladder) <= 8
+    assert len(ladder) <= 7
     assert slot_ladder(max_tokens, chunk, 1.0) == ladder[-1:]
 
 
 def test_slot_ladder_grows_by_half() -> None:
     ladder = slot_ladder(4096, 32, 1.5)
-    assert ladder == (352, 512, 768, 1152, 1728, 2592, 3904, 4096)
-    assert grown(512, 513, ladder) == 768
-    assert grown(768, 100, ladder) == 768
-    assert grown(512, 9999, ladder) == 4096  # rows that old have ended
+    assert ladder == (384, 544, 832, 1216, 1824, 2752, 4096)
+    assert grown(544, 545, ladder) == 832
+    assert grown(832, 100, ladder) == 832
+    assert grown(544, 9999, ladder) == 4096  # rows that old have ended
+
+
+def test_no_step_of_the_ladder_is_small() -> None:
+    """A program that another one of nearly the same size follows at once is compiled for nothing."""
+    for max_tokens in range(2, 3000, 7):
+        ladder = slot_ladder(max_tokens, 16, 1.5)
+        assert all(after >= 1.5 * before - 16 for before, after in itertools.pairwise(ladder)), max_tokens
 
 
 @pytest.mark.parametrize(("lanes", "width"), [(32, 8), (256, 1), (3, 6), (128, 16), (1, 1), (5, 7)])
