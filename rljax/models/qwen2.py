@@ -223,10 +223,14 @@ def prefill(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return attention(q, k, v, layout), (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
+    @partial(jax.jit, inline=True)  # the layers are alike: traced once
+    def layer(weights: Params, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return decoder_block(weights, arch, x, rope, attend)
+
     x = params["embed"][tokens]
     keys, values = [], []
     for weights in params["layers"]:
-        x, (k, v) = decoder_block(weights, arch, x, rope, attend)
+        x, (k, v) = layer(weights, x)
         keys.append(k)
         values.append(v)
     return rms_norm(x, params["final_norm"], arch.rms_norm_eps), keys, values

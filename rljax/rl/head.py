@@ -94,6 +94,7 @@ class Head:
             logprobs, entropies = (jnp.where(piece.loss_mask, x, 0.0) for x in (logprobs, entropies))
             return self.loss(logprobs, entropies, piece)
 
+        @partial(jax.jit, inline=True)  # traced once for shapes and loop
         def gradients(index: jax.Array) -> tuple[tuple[jax.Array, Metrics], tuple[Params, jax.Array], jax.Array]:
             places, source, inside = lined.chunk(index, chunk)
             piece = jax.tree.map(lambda leaf: leaf[places][None], flat)

@@ -41,6 +41,7 @@ def sum_over_microbatches(
     Args:
       num_microbatches: [] int32, 1..M. Traced: another number is no other program, and those beyond it cost nothing.
     """
+    function = jax.jit(function, inline=True)  # traced once
     shapes = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], microbatches))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import Architecture
-from rljax.models.layers import Rope, decoder_block, rms_norm, rope_tables
+from rljax.models.layers import Rope, Weights, decoder_block, rms_norm, rope_tables
 from rljax.models.qwen2 import Params, logits, prefill
 from rljax.sampling.cache import (
     PrefixCache,
@@ -242,16 +242,19 @@ def _feed(
     x = params["embed"][state.token]
     new_keys: list[jax.Array] = []
     new_values: list[jax.Array] = []
-    for layer, weights in enumerate(params["layers"]):
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int = layer) -> tuple[jax.Array, Any]:
+    @partial(jax.jit, inline=True)  # the layers are alike: traced once
+    def layer(weights: Weights, x: jax.Array, shared: Any, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, Any]:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             # Write, then read the written array: the other order makes XLA copy the cache.
-            keys = write_key(suffix.keys[layer], state.slot, k)
-            values = write_value(suffix.values[layer], state.slot, v)
-            shared = prefix.keys[layer], prefix.values[layer]
-            return decode_attention(q, shared, in_prompt, (keys, values), visible), (keys, values)
+            own = write_key(keys, state.slot, k), write_value(values, state.slot, v)
+            return decode_attention(q, shared, in_prompt, own, visible), own
 
-        x, (keys, values) = decoder_block(weights, arch, x, (cos, sin), attend)
+        return decoder_block(weights, arch, x, (cos, sin), attend)
+
+    caches = zip(prefix.keys, prefix.values, suffix.keys, suffix.values, strict=True)
+    for weights, (*shared, keys, values) in zip(params["layers"], caches, strict=True):
+        x, (keys, values) = layer(weights, x, tuple(shared), keys, values)
         new_keys.append(keys)
         new_values.append(values)
     return rms_norm(x, params["final_norm"], arch.rms_norm_eps), SuffixCache(new_keys, new_values)
