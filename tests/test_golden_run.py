@@ -64,8 +64,8 @@ def test_nothing_is_compiled_after_warm_up(here: dict[str, Any]) -> None:
 
 
 ELSEWHERE = 0.1
-"""Relative difference on a kind of machine that recorded nothing. The warm start amplifies roundings, and a drawn token
-may differ: on two kinds of CPU the numbers of the first step differed by up to 4 %, those of the third by half."""
+"""Relative difference, on a kind of machine that recorded nothing, of what is computed from the warm-started weights:
+many updates amplify a rounding. On two kinds of CPU it was up to 4 %, with the same rewards and lengths."""
 
 
 def test_the_numbers_are_those_recorded(here: dict[str, Any]) -> None:
@@ -75,5 +75,8 @@ def test_the_numbers_are_those_recorded(here: dict[str, Any]) -> None:
             assert here["steps"] == one["steps"]
             assert here["state"] == one["state"]
             return
-    assert here["steps"][0] == pytest.approx(recorded[0]["steps"][0], rel=ELSEWHERE)
-    pytest.skip(f"nothing was recorded on {smoke.fingerprint()}: only the first step was compared, roughly")
+    # Elsewhere a rounding may draw another token, and everything after it differs: the first step is what can be held.
+    first, expected = here["steps"][0], recorded[0]["steps"][0]
+    assert first[:2] == pytest.approx(expected[:2], rel=1e-3)
+    assert first[2:] == pytest.approx(expected[2:], rel=ELSEWHERE)
+    pytest.skip(f"nothing was recorded on {smoke.fingerprint()}: only the first step was compared")

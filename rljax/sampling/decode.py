@@ -237,6 +237,7 @@ def _feed(
     suffix = state.suffix
     samples = state.token.shape[0] // prefix.lengths.shape[0]
     positions = jnp.repeat(prefix.lengths, samples) + state.lengths - 1
+    # Only a row that has ended can lie beyond the table.
     cos, sin = (table.at[positions].get(mode="clip") for table in angles)
     visible = visible_slots(state.lengths, state.slot, suffix.values[0].shape[2])
     x = params["embed"][state.token]
