@@ -101,6 +101,10 @@ class Iteration:
         self.metrics: dict[str, float] = {}
         self.peak_mib = 0.0
 
+    def prepare(self) -> None:
+        """What a run does before its first rollouts: compiling the update begins."""
+        self.learner.prepare(len(self.prompts), self.prompts.tokens.shape[1], int(self.lengths.max()))
+
     def run(self, seed: int) -> float:
         """Seconds of one iteration."""
         begin_peak()

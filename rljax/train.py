@@ -250,6 +250,7 @@ def _open_run(
     learner = Learner(
         state, reference, policy.arch, policy.mesh, config.algorithm, config.optimizer, compute, base=base
     )
+    learner.prepare(config.data.prompts_per_step, pipeline.slots, cap)
     return Run(
         config=config,
         policy=policy,

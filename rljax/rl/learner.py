@@ -1,6 +1,7 @@
 """The learner of a run: what it holds, and a step of it on a batch of rollouts."""
 
 import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from rljax.rl.advantages import has_spread
 from rljax.rl.aggregation import UpdateLengths, token_weights
 from rljax.rl.losses import behaviour_gap, kl_of
 from rljax.rl.optimizer import init_state, make_optimizer
-from rljax.rl.packing import Packing, RowShape, microbatches, pack, row_shape, train_batch
+from rljax.rl.packing import Packing, RowShape, batch_shapes, microbatches, pack, row_shape, train_batch
 from rljax.rl.update import Compute, grpo_update, score
 from rljax.types import LENGTH, Rollouts, TrainBatch, TrainState, select_prompts
 
@@ -99,6 +100,15 @@ def update_shape(
     )
 
 
+def _shapes(tree: Any) -> Any:
+    """`tree` of arrays as `ShapeDtypeStruct` that jit takes for the same: keeps no buffer alive."""
+
+    def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if leaf.committed else None)
+
+    return jax.tree.map(shape, tree)
+
+
 @dataclasses.dataclass(frozen=True)
 class UpdateRows:
     """What one update learns from."""
@@ -127,11 +137,58 @@ class Learner:
     compute: Compute
     base: Params | None = None
     """Frozen parameters that the LoRA adapter in `state` lies beside; None: `state` holds all parameters."""
+    _preparing: "Future[None] | None" = None
 
     @property
     def params(self) -> Params:
         """The policy's, for scores and the weight sync; an adapter lies beside its matrices."""
         return attach(self.base, self.state.params, self.compute.lora_scale)
+
+    def prepare(self, prompts: int, prompt_slots: int, completion_slots: int) -> None:
+        """Has the programs of `step` compiled in the background while the first rollouts are drawn; `step` waits.
+
+        Args:
+          prompts: of a step.
+          prompt_slots: S of the rollouts to come.
+          completion_slots: R.
+        """
+        algorithm, scored = self.algorithm, []
+        shape = update_shape(
+            self.arch, self.mesh, algorithm, prompts // algorithm.updates_per_step, prompt_slots, completion_slots
+        )
+        if self.reference is not None:
+            scored.append(_shapes(self.reference))
+        if algorithm.old_logprobs == "recompute":
+            scored.append(_shapes(self.params))
+        state, base = _shapes(self.state), _shapes(self.base)
+        batch, count = batch_shapes(shape, microbatch_sharding(self.mesh)), jax.ShapeDtypeStruct((), jnp.int32)
+
+        def compile_all() -> None:
+            # Nothing is kept of it: a jitted function finds what was lowered and compiled for its arguments' shapes.
+            with jax.set_mesh(self.mesh):
+                for params in scored:
+                    score.lower(params, batch, count, arch=self.arch, compute=self.compute).compile()
+                grpo_update.lower(state, batch, count, base, **self._constants).compile()
+
+        background = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._preparing = background.submit(compile_all)
+        background.shutdown(wait=False)
+
+    @property
+    def _constants(self) -> dict[str, Any]:
+        """What is compiled into `grpo_update`."""
+        return {
+            "arch": self.arch,
+            "algorithm": self.algorithm,
+            "optimizer": self.optimizer,
+            "compute": self.compute,
+        }
+
+    def _wait_for_programs(self) -> None:
+        """A program that is being compiled would be compiled twice."""
+        if self._preparing is not None:
+            self._preparing.result()
+            self._preparing = None
 
     def step(self, rollouts: Rollouts, advantages: np.ndarray) -> dict[str, Metric]:
         """`updates_per_step` optimizer updates, each on as many prompts, in order.
@@ -141,6 +198,7 @@ class Learner:
           advantages: [P, G].
         """
         rollouts = that_count(rollouts, advantages, self.algorithm)
+        self._wait_for_programs()
         with jax.set_mesh(self.mesh):
             updates = [self._rows(part, a) for part, a in self._parts(rollouts, advantages)]
             updates, gap = self._rescored(updates)
@@ -151,10 +209,7 @@ class Learner:
                     self._on_device(rows.batch),
                     rows.num_microbatches,
                     self.base,
-                    arch=self.arch,
-                    algorithm=self.algorithm,
-                    optimizer=self.optimizer,
-                    compute=self.compute,
+                    **self._constants,
                 )
                 if index == 0:
                     # Later updates no longer hold the parameters that sampled.
@@ -179,6 +234,7 @@ class Learner:
     def score(self, params: Params, rollouts: Rollouts) -> np.ndarray:
         """Log-probs [B, R] of the completions under `params` (learner layout); 0 after their ends."""
         anything = np.ones((len(rollouts.prompts), rollouts.group_size), np.float32)
+        self._wait_for_programs()
         with jax.set_mesh(self.mesh):
             updates = [self._rows(part, a) for part, a in self._parts(rollouts, anything)]
             scored = [np.asarray(self._score(params, rows)) for rows in updates]

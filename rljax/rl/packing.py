@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from rljax.config import Architecture
@@ -273,6 +274,19 @@ def train_batch(rollouts: Rollouts, advantages: np.ndarray, weights: np.ndarray,
         old_logprobs=behaviour,  # type: ignore[arg-type]
         behaviour_logprobs=behaviour,  # type: ignore[arg-type]
         reference_logprobs=np.zeros_like(behaviour),  # type: ignore[arg-type]
+    )
+
+
+def batch_shapes(shape: RowShape, sharding: jax.sharding.Sharding | None = None) -> TrainBatch:
+    """What `microbatches` gives, as `ShapeDtypeStruct`."""
+    integers = ("tokens", "positions", "group", "completion", "source")
+    kinds = dict.fromkeys(integers, np.int32) | {"loss_mask": np.bool_}
+    sizes = shape.num_microbatches, shape.rows, shape.positions
+    return TrainBatch(
+        **{
+            field.name: jax.ShapeDtypeStruct(sizes, kinds.get(field.name, np.float32), sharding=sharding)
+            for field in dataclasses.fields(TrainBatch)
+        }  # type: ignore[arg-type]
     )
 
 

@@ -1,6 +1,5 @@
 """The rung of remat follows the free memory, by an estimate that is held against the compiler's own count."""
 
-import dataclasses
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +16,8 @@ from rljax.models import qwen2
 from rljax.models.scoring import chunk_tokens
 from rljax.rl.memory import LADDER, choose_remat
 from rljax.rl.optimizer import init_state
-from rljax.rl.packing import RowShape
+from rljax.rl.packing import RowShape, batch_shapes
 from rljax.rl.update import Compute, grpo_update
-from rljax.types import TrainBatch
 
 ARCH = Architecture(
     hidden_size=128, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=32, mlp_size=352, vocab_size=256,
@@ -29,18 +27,11 @@ SHAPE = RowShape(num_microbatches=3, rows=2, positions=512)
 OPTIMIZER = OptimizerConfig()
 
 
-def shapes_of_batch() -> TrainBatch:
-    kinds = dict.fromkeys(("tokens", "positions", "group", "completion", "source"), jnp.int32) | {"loss_mask": bool}
-    shape = (SHAPE.num_microbatches, SHAPE.rows, SHAPE.positions)
-    names = [field.name for field in dataclasses.fields(TrainBatch)]
-    return TrainBatch(**{n: jax.ShapeDtypeStruct(shape, kinds.get(n, jnp.float32)) for n in names})  # type: ignore
-
-
 def compiled_bytes(rung: str, dtype: str) -> int:
     state = jax.eval_shape(lambda: init_state(qwen2.init(jax.random.key(0), ARCH), OPTIMIZER))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     options: dict[str, Any] = {"arch": ARCH, "algorithm": AlgorithmConfig(), "optimizer": OPTIMIZER}
-    lowered = grpo_update.lower(state, shapes_of_batch(), count, **options, compute=Compute(dtype, rung))
+    lowered = grpo_update.lower(state, batch_shapes(SHAPE), count, **options, compute=Compute(dtype, rung))
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 

@@ -1,6 +1,7 @@
 """An update does not depend on how it is packed and cut up, and a step uses each completion once."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from conftest import make_prompts
 
 from rljax.config import AlgorithmConfig, OptimizerConfig
-from rljax.mesh import microbatch_sharding
+from rljax.mesh import microbatch_sharding, replicated
 from rljax.models.attention import AttentionLayout
 from rljax.models.qwen2 import forward, logits
 from rljax.rl.aggregation import UpdateLengths, token_weights
@@ -308,6 +309,26 @@ def test_twenty_steps_of_any_lengths_are_one_program(tiny, tiny_params, mesh) ->
         slots.add(learner.step(random_rollouts(seed), some_advantages(6))["learner/padding_fraction"].weight)
     assert (grpo_update._cache_size(), score._cache_size()) == programs
     assert len(slots) > 5  # numbers of micro-batches in use
+
+
+def test_what_was_prepared_is_not_compiled_again(tiny, tiny_params, mesh, caplog) -> None:
+    """The programs of a step begin to compile before its rollouts exist."""
+    placed = jax.device_put(tiny_params, replicated(mesh))
+    learner = make_learner(placed, tiny, mesh, microbatch_tokens=104)
+    jax.clear_caches()
+
+    def compiled() -> set[str]:
+        found = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+        caplog.clear()
+        return {"grpo_update", "score"} & set(found)
+
+    caplog.set_level("DEBUG", logger="jax._src.dispatch")
+    learner.prepare(6, 16, 40)
+    learner._wait_for_programs()
+    assert compiled() == {"grpo_update", "score"}
+    for seed in (3, 4):
+        learner.step(random_rollouts(seed), some_advantages(6))
+    assert not compiled()
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
