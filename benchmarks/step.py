@@ -123,7 +123,11 @@ def run_row(name: str, folder: Path, trainers: list[Trainer], ceilings: Ceilings
     phases: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
 
     def measure(contender: Contender, seed: int) -> float | None:
-        seconds = setup.measure(contender, seed)
+        try:
+            seconds = setup.measure(contender, seed)
+        except PeerError as error:  # it may have run out of memory beside the others: the rest goes on without it
+            print(f"  {error}", flush=True)
+            return None
         if seconds is not None:
             phases[contender.name].append(sides[contender.name].phases)
         return seconds
