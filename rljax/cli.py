@@ -1,11 +1,13 @@
 """The `rljax` command: each subcommand is a call of a function elsewhere. Imports nothing heavy until it must."""
 
+import argparse
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rljax.config import ConfigError
 
@@ -84,12 +86,82 @@ def _report(argv: list[str]) -> None:
     print(write_report(argv[0]))
 
 
+def _data(argv: list[str]) -> None:
+    """Makes the paper's data files, or says what a file holds   prepare KIND SOURCE OUTPUT_DIR | inspect FILE ..."""
+    options = data_parser().parse_args(argv)
+    if options.action == "prepare":
+        _prepare(options)
+        return
+    from rljax.data.inspect import as_json, as_text, inspect
+
+    found = inspect(
+        options.files,
+        tokenizer=options.tokenizer,
+        against=options.against,
+        max_prompt_tokens=options.max_prompt_tokens,
+        difficulty_field=options.difficulty_field,
+        system_prompt=options.system_prompt,
+    )
+    print(as_json(found) if options.json else as_text(found))
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    guru = {name: getattr(options, name) for name in ("holdout", "holdout_file", "reuse_sets")}
+    guru = {name: value for name, value in guru.items() if value is not None}
+    if guru and options.kind != "guru-math":
+        raise ConfigError(
+            f"rljax data prepare {options.kind} was given --{next(iter(guru)).replace('_', '-')}, which is of "
+            "guru-math only; leave it out"
+        )
+    if "holdout" in guru and "holdout_file" in guru:
+        raise ConfigError("--holdout draws problems and --holdout-file names them; give one of the two")
+    from rljax.data.prepare import prepare
+
+    print(prepare(options.kind, options.source, options.output_dir, **guru))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; `{self.prog} --help` says what it takes")
+
+
+def data_parser() -> argparse.ArgumentParser:
+    """Arguments of `rljax data`; raises ConfigError where others print and exit."""
+    parser = _Parser(prog="rljax data", description="Data in the verl schema, and what it holds.", allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{prepare,inspect}")
+
+    make = actions.add_parser("prepare", help="the paper's files from the raw sets", allow_abbrev=False)
+    make.add_argument("kind", choices=("guru-math", "gsm8k", "math"))
+    make.add_argument("source", metavar="SOURCE", help="file, folder, hub:OWNER/NAME or hub:OWNER/NAME:CONFIG")
+    make.add_argument("output_dir", metavar="OUTPUT_DIR", help="where the .parquet files go; none is overwritten")
+    make.add_argument("--holdout", type=int, metavar="N", help="guru-math: problems held out, half easy (default 500)")
+    make.add_argument("--holdout-file", metavar="FILE", help="guru-math: hold out the problems of this file instead")
+    make.add_argument(
+        "--reuse-sets", action="store_true", default=None, help="guru-math: also the paper's subsets, 1/2 to 1/100"
+    )
+
+    look = actions.add_parser("inspect", help="counts, difficulties, lengths, texts, duplicates", allow_abbrev=False)
+    look.add_argument("files", nargs="+", metavar="FILE", help="as data.train")
+    look.add_argument("--tokenizer", default="", metavar="FOLDER", help="folder or hub name; without it, no lengths")
+    look.add_argument(
+        "--against", nargs="+", default=[], metavar="FILE", help="evaluation sets that must share nothing"
+    )
+    look.add_argument("--max-prompt-tokens", type=int, default=0, metavar="N", help="count prompts longer than this")
+    look.add_argument(
+        "--difficulty-field", default="qwen2.5_7b_pass_rate", metavar="NAME", help="as data.difficulty_field"
+    )
+    look.add_argument("--system-prompt", default="", metavar="TEXT", help="as data.system_prompt")
+    look.add_argument("--json", action="store_true", help="one JSON array instead of tables")
+    return parser
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "sft": _sft,
     "sample": _sample,
     "convert": _convert,
     "report": _report,
+    "data": _data,
 }
 
 

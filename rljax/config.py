@@ -135,12 +135,13 @@ class DataConfig:
     """Unique prompts taken from the file by `subset`; 0: all of them."""
     repeats: int = 1
     """tau: times each unique prompt is used in the run."""
-    order: Literal["file", "curriculum", "shuffle"] = "file"
-    """file: as read, every epoch alike (the paper). curriculum: easy to hard by `difficulty_field`. shuffle: a new
-    permutation every epoch, from `seed`."""
-    subset: Literal["first", "paper", "independent"] = "first"
+    order: Literal["file", "curriculum", "reverse", "shuffle", "shuffle_once"] = "file"
+    """file: as read, every epoch alike (the paper). curriculum: easy to hard by `difficulty_field`; reverse: hard to
+    easy. shuffle: a new permutation every epoch, from `seed`; shuffle_once: one, every epoch alike."""
+    subset: Literal["first", "paper", "independent", "difficulty_matched"] = "first"
     """How `unique` records are chosen. first: the first rows. paper: stratified easy/hard from seeds 42 and 43, nested.
-    independent: uniform without replacement from `seed`."""
+    independent: uniform without replacement from `seed`. difficulty_matched: the same from each value of
+    `difficulty_field`, in its share of all records."""
     difficulty_field: str = "qwen2.5_7b_pass_rate"
     """Field of `extra_info` with a pass rate in [0, 1]: 1 is easiest."""
     seed: int = 0

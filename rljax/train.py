@@ -355,9 +355,9 @@ def _step(run: Run, step: int) -> dict[str, float]:
         if run.evaluation is not None and (is_last or _is_due(step, config.evaluation.every)):
             with timer("evaluate"):
                 metrics |= _evaluate(run, step).metrics
-        if run.store is not None and (is_last or _is_due(step, config.checkpoint.every)):
+        if is_last or _is_due(step, config.checkpoint.every):
             with timer("checkpoint"):
-                run.store.save(step, run.learner.checkpoint_state(), _host_state(run))
+                _save(run, step)
     if config.logging.rollouts:
         run.sink.write_rollouts(step, rollout_rows(sampled, config.logging.rollouts))
     seconds = timer.take()
@@ -477,12 +477,21 @@ def _evaluate(run: Run, step: int) -> EvaluationResult:
     return result
 
 
+def _save(run: Run, step: int) -> None:
+    """How often each prompt was used, and a checkpoint where the run keeps any."""
+    if jax.process_index() == 0:
+        run.pipeline.write_exposures(Path(run.config.run_dir) / "exposures.csv")
+    if run.store is not None:
+        run.store.save(step, run.learner.checkpoint_state(), _host_state(run))
+
+
 def _host_state(run: Run) -> dict[str, Any]:
     """What a checkpoint holds beside the arrays. Keys are derived from the seed and the step, so none is saved."""
     packages = ("rljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "config": dataclasses.asdict(run.config),
         "data": run.pipeline.get_state(),
+        "exposures": run.pipeline.exposures().tolist(),  # follows from "data"; there to be read
         "counters": dataclasses.asdict(run.counters),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
     }

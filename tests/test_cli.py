@@ -258,7 +258,11 @@ def test_a_config_that_is_no_mapping(tmp_path: Path, refused: Refused, text: str
         ("steps: many\n", ["steps = 'many'", "must be a whole number", "default, 0"]),
         (
             "data: {order: random}\n",
-            ["data.order = 'random'", "must be one of file, curriculum, shuffle", "default, 'file'"],
+            [
+                "data.order = 'random'",
+                "must be one of file, curriculum, reverse, shuffle, shuffle_once",
+                "default, 'file'",
+            ],
         ),
         ("algorithm: 3\n", ["algorithm in ", "is a section", "such as algorithm.group_size"]),
         ("steps: null\n", ["steps = null", "every field has a value", "remove the line"]),
@@ -280,7 +284,10 @@ def test_what_a_config_cannot_say(tmp_path: Path, refused: Refused, text: str, w
         ),
         (["--zzz"], ["--zzz is not a setting; `rljax train --help` lists them"]),
         (["--steps", "many"], ["--steps = 'many'", "must be a whole number"]),
-        (["--data.order=random"], ["--data.order = 'random'", "must be one of file, curriculum, shuffle"]),
+        (
+            ["--data.order=random"],
+            ["--data.order = 'random'", "must be one of file, curriculum, reverse, shuffle, shuffle_once"],
+        ),
         (["--algorithm.group_size", "1"], ["group_size = 1", "standard deviation", "use a group of at least 2"]),
         (
             ["--data.prompts_per_step", "9"],
@@ -364,7 +371,7 @@ def test_a_wrong_column(tmp_path: Path, from_scratch: Refused, kind: str) -> Non
 
 def test_a_prompt_over_the_cap(from_scratch: Refused) -> None:
     said = from_scratch("--data.max_prompt_tokens", "12", "--data.overlong", "error")
-    assert re.search(r"\d+ of 16 prompts are longer than data\.max_prompt_tokens = 12: record \d+ has \d+ tokens", said)
+    assert re.search(r"(\d+) of 16 prompts are longer .* = 12 \(\1 of 16 char_count\): record \d+ has \d+ tokens", said)
     assert "raise data.max_prompt_tokens, or set data.overlong = drop" in said
 
 
@@ -608,7 +615,7 @@ def test_resumed_is_unbroken_in_every_bit_of_the_state(unbroken: Path, resumed: 
     assert step == step_parts == 4
     assert differing(whole, parts) == []
     assert int(whole["updates"]) == 8 and "reference" not in whole  # a fixed one is read from its source again
-    for name in ("data", "counters"):
+    for name in ("data", "counters", "exposures"):
         assert host[name] == host_parts[name]
     assert len(differing(whole, state_of(stopped)[0])) > 20  # the comparison sees two more steps
 
@@ -618,6 +625,16 @@ def test_resumed_is_unbroken_in_every_metric(unbroken: Path, resumed: Path) -> N
     assert [row["step"] for row in whole] == [0, 1, 2, 3, 4]
     assert whole == parts
     assert len(whole[4]) > 20
+
+
+def test_a_run_says_how_often_each_prompt_was_used(unbroken: Path, resumed: Path, stopped: Path) -> None:
+    """Four steps of 4 of 12 prompts: one epoch and a third. The checkpoint says the same as the file."""
+    tables = {run: (run / "exposures.csv").read_text() for run in (unbroken, resumed, stopped)}
+    assert tables[unbroken] == tables[resumed]
+    for run, served in ((unbroken, 16), (stopped, 8)):
+        uses = [int(row["uses"]) for row in csv.DictReader(tables[run].splitlines())]
+        assert len(uses) == 12 and sum(uses) == served and set(uses) == {served // 12, served // 12 + 1}
+        assert state_of(run)[1]["exposures"] == uses
 
 
 def test_resumed_is_unbroken_in_prompts_and_completions(unbroken: Path, resumed: Path) -> None:

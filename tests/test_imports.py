@@ -78,11 +78,14 @@ def test_an_upward_import_is_caught() -> None:
     assert not upward_imports("train", {"rl", "models", "config"})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["convert", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["convert", "--help"], ["data", "--help"], ["data", "inspect", "--help"]],
+)
 def test_help_imports_no_jax(arguments: list[str]) -> None:
     code = (
         "import sys; from rljax.cli import main; code = main(sys.argv[1:]); "
-        "heavy = {'jax', 'flax', 'transformers', 'orbax', 'grain', 'scipy', 'torch'} & set(sys.modules); "
+        "heavy = {'jax', 'flax', 'transformers', 'orbax', 'grain', 'scipy', 'torch', 'pyarrow'} & set(sys.modules); "
         "assert code == 0 and not heavy, (code, heavy)"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from rljax.cli import COMMANDS, main
+from rljax.cli import COMMANDS, data_parser, main
 from rljax.config import ModelConfig, RunConfig
 from rljax.config_file import parse_config
 from rljax.data.records import read_records
@@ -68,7 +68,7 @@ def tree() -> dict[str, str]:
 
 def is_out_of_reach(arguments: list[str]) -> bool:
     """The command wants real weights, or files that are only an example."""
-    return any(re.search(r"smollm2|Qwen/|\.parquet|\.jsonl", argument) for argument in arguments)
+    return any(re.search(r"smollm2|Qwen/|^hub:|\.parquet|\.jsonl", argument) for argument in arguments)
 
 
 RLJAX = commands("rljax")
@@ -125,6 +125,8 @@ def test_rljax_commands(place: int, walk: Walk) -> None:
     code, said = walk.results[place]
     if not is_out_of_reach(arguments):
         assert code == 0, said
+    elif arguments[0] == "data":  # parsed only
+        assert data_parser().parse_args(arguments[1:]).action == arguments[1]
     elif arguments[0] == "convert":
         assert arguments[1] == DEMO and len(arguments) == 3
     else:  # parsed only
@@ -136,7 +138,15 @@ def test_rljax_commands(place: int, walk: Walk) -> None:
 def test_the_commands_do_what_the_readme_says(walk: Walk) -> None:
     """Warm start, run, resume with more steps, report and export are all among them."""
     run = walk.folder / "runs" / "quickstart"
-    for name in ("config.yaml", "metrics.jsonl", "curves.csv", "rollouts", "checkpoints", "report.html"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "curves.csv",
+        "rollouts",
+        "checkpoints",
+        "exposures.csv",
+        "report.html",
+    ):
         assert (run / name).exists() and f"| `{name}{'/' * (run / name).is_dir()}` |" in README
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3  # steps 0, 1, and 2 after the resume
     for folder in (run / "sft", run / "hf"):

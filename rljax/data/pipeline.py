@@ -4,11 +4,15 @@ Every process iterates the same global batches and keeps its own rows, so the st
 everywhere and restores onto any number of processes.
 """
 
+import collections
+import csv
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import grain
@@ -16,7 +20,7 @@ import numpy as np
 
 from rljax.config import ConfigError, DataConfig
 from rljax.data.records import difficulties
-from rljax.data.reuse import ReusePlan, make_plan
+from rljax.data.reuse import ReusePlan, make_plan, needs_difficulties
 from rljax.types import PromptRecord, Prompts
 
 log = logging.getLogger(__name__)
@@ -56,10 +60,11 @@ def encode_prompts(records: Sequence[PromptRecord], tokenizer: ChatEncoder) -> l
 
 def drop_overlong(
     records: Sequence[PromptRecord], encoded: Sequence[np.ndarray], max_prompt_tokens: int, overlong: str = "drop"
-) -> tuple[list[PromptRecord], list[np.ndarray], int]:
-    """(records kept, their tokens, number dropped): those of at most `max_prompt_tokens`, template included.
+) -> tuple[list[PromptRecord], list[np.ndarray], collections.Counter[str]]:
+    """(records kept, their tokens, number dropped of each `data_source`), kept being those of at most
+    `max_prompt_tokens`, template included.
 
-    Done before the reuse plan is made, so that steps are counted on what is left.
+    Done before the reuse plan is made, so that steps are counted on what is left. What is dropped is logged.
 
     Raises:
       ConfigError: `overlong` is "error" and a prompt is too long, or none is short enough.
@@ -67,19 +72,27 @@ def drop_overlong(
     assert overlong in ("drop", "error"), overlong
     long = [index for index, ids in enumerate(encoded) if len(ids) > max_prompt_tokens]
     none_left = len(long) == len(records)
+    of_all = collections.Counter(record.data_source for record in records)
+    dropped = collections.Counter(records[index].data_source for index in long)
+    by_source = ", ".join(f"{count} of {of_all[name]} {name}" for name, count in sorted(dropped.items()))
     if long and (overlong == "error" or none_left):
         worst = max(long, key=lambda index: len(encoded[index]))
+        drop = "" if none_left else ", or set data.overlong = drop to leave them out"
         raise ConfigError(
-            f"{len(long)} of {len(records)} prompts are longer than data.max_prompt_tokens = {max_prompt_tokens}: "
-            f"record {long[0]} has {len(encoded[long[0]])} tokens, the longest, record {worst}, {len(encoded[worst])}; "
-            "raise data.max_prompt_tokens" + ("" if none_left else ", or set data.overlong = drop to leave them out")
+            f"{len(long)} of {len(records)} prompts are longer than data.max_prompt_tokens = {max_prompt_tokens} "
+            f"({by_source}): record {long[0]} has {len(encoded[long[0]])} tokens, the longest, record {worst}, "
+            f"{len(encoded[worst])}; raise data.max_prompt_tokens{drop}"
         )
     if long:
         log.warning(
-            "dropped %d of %d prompts longer than max_prompt_tokens = %d", len(long), len(records), max_prompt_tokens
+            "dropped %d of %d prompts longer than max_prompt_tokens = %d: %s",
+            len(long),
+            len(records),
+            max_prompt_tokens,
+            by_source,
         )
     kept = sorted(set(range(len(records))) - set(long))
-    return [records[i] for i in kept], [encoded[i] for i in kept], len(long)
+    return [records[i] for i in kept], [encoded[i] for i in kept], dropped
 
 
 def prompt_slots(encoded: Sequence[np.ndarray]) -> int:
@@ -108,7 +121,7 @@ class PromptPipeline:
     Attributes:
       plan: which record each position uses.
       slots: S of every batch: the longest prompt of all records, so one shape serves the run.
-      dropped: prompts left out as overlong before the plan was made.
+      dropped: prompts of each data source left out as overlong before the plan was made.
     """
 
     def __init__(
@@ -119,7 +132,7 @@ class PromptPipeline:
         *,
         prompts_per_step: int,
         process_slice: tuple[int, int] = (0, 1),
-        dropped: int = 0,
+        dropped: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -134,11 +147,11 @@ class PromptPipeline:
                 f"data.prompts_per_step = {prompts_per_step} cannot be split evenly over {num_processes} processes; "
                 f"make it a multiple of {num_processes}"
             )
-        self.plan, self.dropped = plan, dropped
+        self.plan, self.dropped = plan, dict(dropped)
         self.slots = prompt_slots(encoded)
         self._records, self._encoded = records, encoded
         block = prompts_per_step // num_processes
-        self._rows = slice(process * block, (process + 1) * block)
+        self._rows, self._prompts_per_step = slice(process * block, (process + 1) * block), prompts_per_step
         self._fingerprint = _fingerprint(records, encoded, plan, prompts_per_step)
         dataset = grain.MapDataset.range(plan.total).batch(
             prompts_per_step, drop_remainder=True, batch_fn=self._make_batch
@@ -165,6 +178,21 @@ class PromptPipeline:
     def is_exhausted(self) -> bool:
         """Whether all whole batches of the plan have been served."""
         return self._served >= self._batches
+
+    def exposures(self) -> np.ndarray:
+        """[unique] int64: how often each unique prompt has been served, in the order of `plan.chosen`."""
+        return self.plan.exposures(self._served * self._prompts_per_step)
+
+    def write_exposures(self, file: Path) -> None:
+        """Writes `exposures` as a table: the record's place among those kept, its own index, its source, its uses."""
+        partial = file.with_suffix(".partial")  # a killed run leaves the old table or the new one
+        with partial.open("w", newline="", encoding="utf-8") as lines:
+            table = csv.writer(lines, lineterminator="\n")
+            table.writerow(("record", "index", "data_source", "uses"))
+            for place, uses in zip(self.plan.chosen, self.exposures().tolist(), strict=True):
+                record = self._records[place]
+                table.writerow((place, record.extra_info.get("index"), record.data_source, uses))
+        partial.replace(file)
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream is, and of what it is a stream: JSON-able, equal on every process."""
@@ -238,7 +266,7 @@ def open_pipeline(
     records = with_system(records, data.system_prompt)
     encoded = encode_prompts(records, tokenizer)
     records, encoded, dropped = drop_overlong(records, encoded, data.max_prompt_tokens, data.overlong)
-    needs_rates = data.order == "curriculum" or data.subset == "paper"
+    needs_rates = needs_difficulties(data.order, data.subset)
     plan = make_plan(
         len(records),
         unique=data.unique,

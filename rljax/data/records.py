@@ -58,15 +58,18 @@ def read_records(
                 f"{source!r} is no procedural task; choose one of {', '.join(f'task:{t}' for t in TASKS)}"
             )
         return TASKS[name].records(split, limit or task_records, seed)
-    if kind == "hub":
-        rows, default_source = _hub_rows(name, split), name.partition(":")[0]
-    else:
-        rows, default_source = _path_rows(source, split), Path(source).stem
-    taken = itertools.islice(rows, limit or None)
+    default_source = name.partition(":")[0] if kind == "hub" else Path(source).stem
+    taken = itertools.islice(read_rows(source, split=split), limit or None)
     records = [_record(where, row, index, default_source) for index, (where, row) in enumerate(taken)]
     if not records:
         raise ConfigError(f"{source} holds no records; give a file with at least one row")
     return records
+
+
+def read_rows(source: str, *, split: Split = "train") -> Iterator[Row]:
+    """Rows of a source as they are, each with where it is. Sources but tasks, splits and errors: as `read_records`."""
+    kind, _, name = source.partition(":")
+    return _hub_rows(name, split) if kind == "hub" else _path_rows(source, split)
 
 
 def difficulties(records: list[PromptRecord], field: str) -> list[float | None]:
@@ -273,13 +276,19 @@ def _final_answer(text: str) -> str:
     """What follows the last "####" (GSM8K), else the inside of the last \\boxed{...}, else the text."""
     if "####" in text:
         return text.rpartition("####")[2].strip()
+    boxed = last_boxed(text)
+    return text if boxed is None else boxed
+
+
+def last_boxed(text: str) -> str | None:
+    """The inside of the last \\boxed{...}, braces balanced; None where there is none or it does not end."""
     _, box, rest = text.rpartition("\\boxed{")
     depth = 1
     for end, letter in enumerate(rest):
         depth += (letter == "{") - (letter == "}")
         if box and depth == 0:
             return rest[:end]
-    return text
+    return None
 
 
 def _text(value: Any) -> str:

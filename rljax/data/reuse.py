@@ -18,6 +18,10 @@ PAPER_POOL = 51_200
 """The paper's reuse sets are drawn from the first 51,200 rows of its easy-to-hard file: 100 steps of 512."""
 PAPER_EASY = 0.3
 """Pass rate from which the paper calls a problem easy."""
+PAPER_SEEDS = (42, 43)
+"""What the paper's code draws easy and hard problems with, for its reuse sets and for its holdout alike."""
+PAPER_TAUS = (2, 4, 5, 10, 20, 25, 50, 100)
+"""The paper's reuse sets: 51,200 / tau unique problems."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +33,10 @@ class ReusePlan:
 
     num_records: int
     chosen: tuple[int, ...]
-    """Indices of the unique records, in the order of an epoch (before any shuffle)."""
+    """Indices of the unique records, in the order of an epoch (before the shuffle of each epoch, if there is one)."""
     repeats: int
-    order: Literal["file", "curriculum", "shuffle"]
-    subset: Literal["first", "paper", "independent"]
+    order: Literal["file", "curriculum", "reverse", "shuffle", "shuffle_once"]
+    subset: Literal["first", "paper", "independent", "difficulty_matched"]
     seed: int
 
     @property
@@ -56,6 +60,17 @@ class ReusePlan:
             place = int(_permutation(self.unique, self.seed, _EPOCH, epoch)[place])
         return self.chosen[place]
 
+    def exposures(self, served: int) -> np.ndarray:
+        """[unique] int64: how often each record of `chosen` is used at the positions 0 .. served - 1."""
+        assert 0 <= served <= self.total, f"{served} prompts are more than the run's {self.total}"
+        epochs, rest = divmod(served, self.unique)
+        places = np.arange(self.unique)
+        if self.order == "shuffle" and rest:
+            places = _permutation(self.unique, self.seed, _EPOCH, epochs)
+        uses = np.full(self.unique, epochs, np.int64)
+        uses[places[:rest]] += 1
+        return uses
+
     def describe(self, prompts_per_step: int, steps: int) -> str:
         """One line: "512 unique x tau 100 = 51,200 prompts = 100 steps x 512"."""
         left = self.total - steps * prompts_per_step
@@ -63,6 +78,11 @@ class ReusePlan:
             f"{self.unique:,} unique x tau {self.repeats:,} = {self.total:,} prompts = {steps:,} steps x "
             f"{prompts_per_step:,}" + (f", {left:,} prompts left unused" if left else "")
         )
+
+
+def needs_difficulties(order: str, subset: str) -> bool:
+    """Whether `make_plan` must be given the records' pass rates."""
+    return order in ("curriculum", "reverse") or subset in ("paper", "difficulty_matched")
 
 
 def make_plan(
@@ -81,20 +101,23 @@ def make_plan(
       unique: records used; 0: all that the subset rule may draw from.
       repeats: times each is used.
       order: a name in `ORDERS`. file: as read, every epoch alike (the paper). curriculum: easy to hard, ties as read,
-        every epoch alike. shuffle: a new permutation every epoch, from the seed.
+        every epoch alike; reverse: hard to easy, the same. shuffle: a new permutation every epoch, from the seed;
+        shuffle_once: one permutation, every epoch alike.
       subset: a name in `SUBSETS`. first: the first rows. paper: a share of easy and hard ones, nested (arXiv
         2509.25300's code, `sample_dataset_by_difficulty_full.py`). independent: uniform without replacement,
-        unrelated for different `unique` or seed.
+        unrelated for different `unique` or seed. difficulty_matched: independent within each pass rate, and each pass
+        rate has its share of all records, off by less than one record.
       difficulties: pass rate of each record, 1 easiest; None counts as 0 (the paper), i.e. hardest.
 
     Raises:
       ConfigError: more unique records than there are; an order or subset that needs difficulties has none.
     """
     assert order in ORDERS and subset in SUBSETS, f"order {order!r}, subset {subset!r}"
-    if difficulties is None and (order == "curriculum" or subset == "paper"):
+    if difficulties is None and needs_difficulties(order, subset):
         raise ConfigError(
             f"data.order = {order!r} with data.subset = {subset!r} needs a pass rate for each record and there is "
-            "none; set data.difficulty_field, or use order 'file' or 'shuffle' with subset 'first' or 'independent'"
+            "none; set data.difficulty_field, or use order 'file', 'shuffle' or 'shuffle_once' with subset 'first' or "
+            "'independent'"
         )
     rates = None if difficulties is None else np.array([0.0 if d is None else d for d in difficulties])
     assert rates is None or len(rates) == num_records, "one difficulty per record"
@@ -108,7 +131,7 @@ def make_plan(
             f"kept after dropping overlong ones); use at most {pool}, or raise data.repeats to train longer"
         )
     chosen = SUBSETS[subset](pool, unique, seed, rates)
-    chosen = ORDERS[order](chosen, rates)
+    chosen = ORDERS[order](chosen, seed, rates)
     return ReusePlan(num_records, tuple(chosen.tolist()), repeats, order, subset, seed)  # pyright: ignore[reportArgumentType]
 
 
@@ -131,7 +154,18 @@ def steps_for(plan: ReusePlan, prompts_per_step: int, steps: int = 0) -> int:
 # ------------------------------------------------------------------------------------------------ subsets and orders
 
 Rates = np.ndarray | None
-_EPOCH, _SUBSET = 0, 1  # keep the draws of one seed apart
+_EPOCH, _SUBSET, _ONCE, _MATCHED = 0, 1, 2, 3  # keep the draws of one seed apart
+
+
+def paper_sample(size: int, count: int, seed: int) -> np.ndarray:
+    """`count` of range(size) without replacement, in the order drawn: the rows of pandas' `df.sample(count,
+    random_state=seed)` for a frame of `size` rows, which the paper's code draws with.
+
+    pandas draws `RandomState(seed).choice(size, count, replace=False)`, and numpy's choice is the beginning of a
+    permutation. That generator is frozen for good.
+    """
+    assert 0 <= count <= size, f"{count} of {size}"
+    return np.random.RandomState(seed).permutation(size)[:count]
 
 
 def _first(pool: int, unique: int, seed: int, rates: Rates) -> np.ndarray:
@@ -148,9 +182,8 @@ def _paper(pool: int, unique: int, seed: int, rates: Rates) -> np.ndarray:
         return np.arange(pool)
     easy, hard = np.flatnonzero(rates[:pool] >= PAPER_EASY), np.flatnonzero(rates[:pool] < PAPER_EASY)
     num_easy = int(unique * (len(easy) / pool))  # floored, in the paper's float arithmetic
-    # RandomState: what pandas' sample(random_state=...) draws from, and frozen for good.
-    easy = easy[np.random.RandomState(42).permutation(len(easy))[:num_easy]]
-    hard = hard[np.random.RandomState(43).permutation(len(hard))[: unique - num_easy]]
+    easy = easy[paper_sample(len(easy), num_easy, PAPER_SEEDS[0])]
+    hard = hard[paper_sample(len(hard), unique - num_easy, PAPER_SEEDS[1])]
     return np.sort(np.concatenate([easy, hard]))
 
 
@@ -159,29 +192,56 @@ def _independent(pool: int, unique: int, seed: int, rates: Rates) -> np.ndarray:
     return np.sort(_permutation(pool, seed, _SUBSET, unique)[:unique])
 
 
+def _difficulty_matched(pool: int, unique: int, seed: int, rates: Rates) -> np.ndarray:
+    """Each pass rate gets the whole part of its share of `unique`; what is left goes to the largest remainders, the
+    harder rate first where two are equal."""
+    assert rates is not None, "difficulties are needed"
+    levels, level_of, sizes = np.unique(rates, return_inverse=True, return_counts=True)
+    quotas, remainders = np.divmod(sizes * unique, pool)
+    quotas[np.argsort(-remainders, kind="stable")[: unique - quotas.sum()]] += 1
+    draws = [
+        np.flatnonzero(level_of == level)[_permutation(int(size), seed, _MATCHED, unique, level)[:quota]]
+        for level, size, quota in zip(range(len(levels)), sizes, quotas, strict=True)
+    ]
+    return np.sort(np.concatenate(draws))
+
+
 SUBSETS: dict[str, Callable[[int, int, int, Rates], np.ndarray]] = {
     "first": _first,
     "paper": _paper,
     "independent": _independent,
+    "difficulty_matched": _difficulty_matched,
 }
 """(pool, unique, seed, pass rates) -> indices in file order, by `data.subset`."""
 
 
-def _as_read(chosen: np.ndarray, rates: Rates) -> np.ndarray:
+def _as_read(chosen: np.ndarray, seed: int, rates: Rates) -> np.ndarray:
     return chosen
 
 
-def _curriculum(chosen: np.ndarray, rates: Rates) -> np.ndarray:
+def _curriculum(chosen: np.ndarray, seed: int, rates: Rates) -> np.ndarray:
     assert rates is not None, "difficulties are needed"
     return chosen[np.argsort(-rates[chosen], kind="stable")]
 
 
-ORDERS: dict[str, Callable[[np.ndarray, Rates], np.ndarray]] = {
+def _reverse(chosen: np.ndarray, seed: int, rates: Rates) -> np.ndarray:
+    # Ties as read, not the curriculum backwards: a set of one pass rate is then in file order under both.
+    assert rates is not None, "difficulties are needed"
+    return chosen[np.argsort(rates[chosen], kind="stable")]
+
+
+def _shuffle_once(chosen: np.ndarray, seed: int, rates: Rates) -> np.ndarray:
+    return chosen[_permutation(len(chosen), seed, _ONCE)]
+
+
+ORDERS: dict[str, Callable[[np.ndarray, int, Rates], np.ndarray]] = {
     "file": _as_read,
     "curriculum": _curriculum,
+    "reverse": _reverse,
     "shuffle": _as_read,  # permuted anew each epoch, by `record_index`
+    "shuffle_once": _shuffle_once,
 }
-"""(chosen, pass rates) -> chosen in the order of an epoch, by `data.order`."""
+"""(chosen, seed, pass rates) -> chosen in the order of an epoch, by `data.order`."""
 
 
 @functools.lru_cache(maxsize=4)  # a run walks epoch by epoch; a batch may straddle two

@@ -1,8 +1,12 @@
 """The stream of prompts: what is served, resuming at any step, processes, and states of other runs."""
 
+import collections
+import csv
 import dataclasses
+import hashlib
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from rljax.data.pipeline import (
     with_system,
 )
 from rljax.data.records import read_records
+from rljax.data.reuse import ORDERS
 from rljax.data.tasks import DIFFICULTY_FIELD
 from rljax.types import PromptRecord
 
@@ -81,7 +86,7 @@ def test_one_shape_serves_the_run_and_each_record_is_encoded_once():
     assert tokenizer.calls == 12
 
 
-@pytest.mark.parametrize("order", ["file", "curriculum", "shuffle"])
+@pytest.mark.parametrize("order", sorted(ORDERS))
 def test_resume_at_any_step_continues_the_same_stream(order):
     records = read_records("task:arithmetic", task_records=10)
     data = dataclasses.replace(DATA, order=order, difficulty_field=DIFFICULTY_FIELD)
@@ -161,17 +166,47 @@ def test_overlong_prompts_are_dropped_before_the_plan_and_said(caplog):
     records = texts(10, length=lambda i: 50 if i in (2, 7) else 3)
     with caplog.at_level(logging.WARNING):
         pipeline = open_pipeline(records, Letters(), dataclasses.replace(DATA, max_prompt_tokens=50))
-    assert "dropped 2 of 10 prompts longer than max_prompt_tokens = 50" in caplog.text
-    assert pipeline.dropped == 2 and pipeline.plan.total == 24 and pipeline.slots == 16
+    assert "dropped 2 of 10 prompts longer than max_prompt_tokens = 50: 2 of 10 test\n" in caplog.text
+    assert pipeline.dropped == {"test": 2} and pipeline.plan.total == 24 and pipeline.slots == 16
     assert {r.ground_truth for batch in pipeline for r in batch.records} == set("01345689")
+
+
+def test_overlong_prompts_are_counted_by_data_source(caplog):
+    sources = ["a", "b", "b", "c", "b"]
+    records = [
+        dataclasses.replace(r, data_source=s) for r, s in zip(texts(5, lambda i: 10 * i + 1), sources, strict=True)
+    ]
+    kept, tokens, dropped = drop_overlong(records, encode_prompts(records, Letters()), 20)
+    assert [r.data_source for r in kept] == ["a", "b"] and [len(ids) for ids in tokens] == [2, 12]
+    assert dropped == {"b": 2, "c": 1}
+    assert "dropped 3 of 5 prompts longer than max_prompt_tokens = 20: 2 of 3 b, 1 of 1 c" in caplog.text
+
+
+def test_exposures_follow_the_batches_served_through_a_resume(tmp_path):
+    records = texts(8)
+    first = open_pipeline(records, Letters(), DATA)  # batches of 6 of 24 prompts: a batch straddles two epochs
+    seen = collections.Counter()
+    for _ in range(3):
+        assert first.exposures().tolist() == [seen[i] for i in first.plan.chosen]
+        seen.update(int(record.ground_truth) for record in next(first).records)
+    second = open_pipeline(records, Letters(), DATA)
+    second.set_state(first.get_state())
+    assert second.exposures().tolist() == [seen[i] for i in second.plan.chosen] and sum(seen.values()) == 18
+    second.write_exposures(tmp_path / "exposures.csv")
+    rows = list(csv.DictReader((tmp_path / "exposures.csv").read_text().splitlines()))
+    assert [(int(row["record"]), int(row["uses"])) for row in rows] == [(i, seen[i]) for i in range(8)]
+    assert rows[3] == {"record": "3", "index": "3", "data_source": "test", "uses": str(seen[3])}
+    assert [file.name for file in tmp_path.iterdir()] == ["exposures.csv"]
 
 
 def test_overlong_is_an_error_where_asked():
     records = texts(10, length=lambda i: {2: 50, 7: 60}.get(i, 3))
     encoded = encode_prompts(records, Letters())
-    with pytest.raises(ConfigError, match=r"2 of 10 .*max_prompt_tokens = 50: record 2 has 51 .*record 7, 61;.*drop"):
+    with pytest.raises(
+        ConfigError, match=r"2 of 10 .*max_prompt_tokens = 50 \(2 of 10 test\): record 2 has 51 .*record 7, 61;.*drop"
+    ):
         drop_overlong(records, encoded, 50, "error")
-    assert drop_overlong(records, encoded, 61, "error")[2] == 0
+    assert not drop_overlong(records, encoded, 61, "error")[2]
     with pytest.raises(ConfigError, match="10 of 10 prompts"):
         drop_overlong(records, encoded, 3, "drop")
 
@@ -220,4 +255,27 @@ def test_published_prompt_lengths(shared_data):
     assert lengths.max() == 551 and np.median(lengths) == 134 and round(lengths.mean()) == 145
     assert prompt_slots(encoded) == 560
     zebra = read_records(str(shared_data / "guru_math" / "online_eval" / "logic__zebra_puzzle_dataset_200.parquet"))
-    assert drop_overlong(zebra, encode_prompts(zebra, tokenizer), 2048)[2] == 52
+    assert drop_overlong(zebra, encode_prompts(zebra, tokenizer), 2048)[2] == {"logic__zebra_puzzle_dataset": 52}
+
+
+EVALUATION_PROMPTS = Path(__file__).resolve().parents[1] / "golden" / "evaluation_prompts.json"
+
+
+def test_evaluation_prompts_are_token_exact_for_base_and_instruct(shared_data):
+    """Two prompts of each of the eight sets, against ids made by hand-written ChatML and the `tokenizers` library."""
+    from rljax.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(shared_data / "qwen2.5_tokenizer")
+    golden = json.loads(EVALUATION_PROMPTS.read_text())
+    assert len(golden) == 8
+    for name, rows in golden.items():
+        records = read_records(str(shared_data / "guru_math" / f"{name}.parquet"))
+        records = [records[row["row"]] for row in rows]
+        for kind, system_prompt in (("instruct", ""), ("base", "You are a helpful assistant.")):
+            for ids, row in zip(encode_prompts(with_system(records, system_prompt), tokenizer), rows, strict=True):
+                assert {
+                    "sha256": hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
+                    "tokens": len(ids),
+                    "first": ids[:8].tolist(),
+                    "last": ids[-8:].tolist(),
+                } == row[kind], (name, row["row"], kind)
