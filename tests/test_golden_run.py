@@ -46,8 +46,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
 
 def test_two_processes_compute_the_same_bits(here: dict[str, Any]) -> None:
-    assert here["steps"] == here["other"]["steps"]
-    assert here["state"] == here["other"]["state"]
+    assert {name: here[name] for name in here["other"]} == here["other"]
 
 
 def test_the_run_is_one_in_which_something_happens(here: dict[str, Any]) -> None:
@@ -63,20 +62,27 @@ def test_nothing_is_compiled_after_warm_up(here: dict[str, Any]) -> None:
     assert max(here["compiled"]) <= WARM_UP
 
 
-ELSEWHERE = 0.1
-"""Relative difference, on a kind of machine that recorded nothing, of what is computed from the warm-started weights:
-many updates amplify a rounding. On two kinds of CPU it was up to 4 %, with the same rewards and lengths."""
+EARLY = 3
+"""Logged losses of the warm start, which begins with the same weights everywhere, that a rounding has not yet moved:
+from SSE to AVX-512 code they differ by less than 2e-6 of themselves."""
+ROWS = 3
+"""Of the first step's answers, those whose reward a token drawn otherwise may change; none did from SSE to AVX-512."""
+ELSEWHERE = 0.2
+"""Relative difference of the first step's lengths, objective and gradient norm: 7 % from SSE to AVX-512. The weights
+that it starts from differ by then. Its KL, small and of few draws, is a factor of two apart and is not compared."""
 
 
 def test_the_numbers_are_those_recorded(here: dict[str, Any]) -> None:
     recorded = json.loads(smoke.GOLDEN.read_text())
     for one in recorded:
-        if one["fingerprint"] == smoke.fingerprint():
-            assert here["steps"] == one["steps"]
-            assert here["state"] == one["state"]
+        if one.pop("fingerprint") == smoke.fingerprint():
+            assert {name: here[name] for name in one} == one
             return
-    # Elsewhere a rounding may draw another token, and everything after it differs: the first step is what can be held.
-    first, expected = here["steps"][0], recorded[0]["steps"][0]
-    assert first[:2] == pytest.approx(expected[:2], rel=1e-3)
-    assert first[2:] == pytest.approx(expected[2:], rel=ELSEWHERE)
-    pytest.skip(f"nothing was recorded on {smoke.fingerprint()}: only the first step was compared")
+    expected = next(one for one in recorded if "losses" in one)
+    assert here["losses"][:EARLY] == pytest.approx(expected["losses"][:EARLY], rel=1e-5)
+    (reward, *rest), (expected_reward, *expected_rest) = here["steps"][0], expected["steps"][0]
+    assert reward == pytest.approx(expected_reward, abs=ROWS / 32)
+    kl = smoke.NUMBERS.index("policy/reference_kl") - 1
+    del rest[kl], expected_rest[kl]
+    assert rest == pytest.approx(expected_rest, rel=ELSEWHERE)
+    pytest.skip(f"nothing was recorded on {smoke.fingerprint()}: only how the run begins was compared")

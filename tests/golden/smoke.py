@@ -6,6 +6,7 @@ python -m golden.smoke RUN_DIR --add    # a machine of another kind computes the
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import sys
@@ -23,16 +24,38 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "smoke.yaml"
 NUMBERS = ("reward/mean", "completion/length_tokens", "policy/objective", "policy/reference_kl", "policy/grad_norm")
 
 
+class Losses(logging.Handler):
+    """The losses that a warm start logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "loss" in str(record.msg) and isinstance(record.args, tuple):
+            self.seen.append(float(str(record.args[2])))
+
+
 def run(folder: Path) -> dict[str, Any]:
-    """What must not move: NUMBERS of every step, and a digest of the state after the last."""
+    """What must not move: the warm start's losses, NUMBERS of every step, and a digest of the state after the last."""
     given = ["--run_dir", str(folder), "--model.path"]
-    assert rljax(["sft", str(CONFIG), *given, "", "--sft.output", str(folder / "sft")]) == 0
+    logger, losses = logging.getLogger("rljax.sft"), Losses()
+    logger.addHandler(losses)
+    logger.setLevel(logging.INFO)  # where a test runner has set up logging, the command's own setting has no effect
+    try:
+        assert rljax(["sft", str(CONFIG), *given, "", "--sft.output", str(folder / "sft")]) == 0
+    finally:
+        logger.removeHandler(losses)
     assert rljax(["train", str(CONFIG), *given, str(folder / "sft")]) == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [[line[name] for name in NUMBERS] for line in lines if "policy/objective" in line]
     saved = json.loads((folder / "checkpoints" / str(len(steps)) / "host" / "data.json").read_text())
     leaves = {path: entry[2] for path, entry in saved["leaves"].items()}
-    return {"steps": steps, "state": hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()}
+    return {
+        "losses": losses.seen,
+        "steps": steps,
+        "state": hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def fingerprint() -> dict[str, str]:
