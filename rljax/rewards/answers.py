@@ -1,5 +1,6 @@
 """What verifiers share: where in a completion the answer stands, and how to decline to judge one."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,18 @@ class Undecidable(Exception):
 
     The pool scores it 0 and counts it as `unparseable`, apart from answers known to be wrong.
     """
+
+
+MORE_SECONDS = {"coder1/paper": 30.0, "coder1/fixed": 30.0}
+"""By verifier: what it may take beyond the limit of an item, for a program in a completion has a limit of its own."""
+
+
+def checked_score(verifier: str, score: Any) -> float:
+    """`score` as a float. Raises ValueError when it is not in [0, 1]; `verifier` is for the message."""
+    value = float(score)
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise ValueError(f"verifier {verifier} returned {value}, which is not in [0, 1]")
+    return value
 
 
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)

@@ -1,15 +1,30 @@
-r"""Grade-school answers: one number, after `####`, in a box, or last in the text."""
+r"""Grade-school answers: one number, after `####`, in a box, or last in the text.
+
+`score` is the repaired rule; `paper_score` that of arXiv 2509.25300 (`verl/utils/reward_score/gsm8k.py` of its
+repository), faults included.
+"""
 
 import re
 from fractions import Fraction
 from typing import Any
 
 from rljax.rewards.answers import Undecidable, last_boxed
+from rljax.rewards.math_dapo import last_box
+from rljax.rewards.whole_text import agrees
 
 _NUMBER = re.compile(
     r"(?<![\d.)])-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s*/\s*[1-9]\d*)?|(?<=[)])\d+"
 )
 _MAX_NUMBER_CHARS = 100
+
+_PAPER_MARKED = re.compile(r"#### (-?[0-9.,]+)")
+_PAPER_NUMBER = re.compile(r"-?[0-9.,]+")
+_PAPER_UNITS = (
+    "dollars", "dollar", "cents", "cent", "percent", "percentage", "points", "point", "units", "unit", "degrees",
+    "degree", "feet", "foot", "inches", "inch", "meters", "meter", "miles", "mile", "cm", "mm", "kg", "pounds", "pound",
+    "hours", "hour", "minutes", "minute", "seconds", "second", "days", "day",
+)  # fmt: skip
+_PAPER_UNIT_PATTERNS = tuple((len(unit) + 1, re.compile(rf"{unit}s?\Z", re.IGNORECASE)) for unit in _PAPER_UNITS)
 
 
 def score(response: str, ground_truth: str, extra_info: dict[str, Any]) -> float:
@@ -57,3 +72,65 @@ def _value(answer: str) -> Fraction | None:
     if len(numbers[0]) > _MAX_NUMBER_CHARS:
         raise Undecidable(f"a number of {len(numbers[0])} characters; at most {_MAX_NUMBER_CHARS} are read")
     return Fraction(re.sub(r"[\s,]", "", numbers[0]))
+
+
+def paper_score(response: str, ground_truth: str, extra_info: dict[str, Any]) -> float:
+    r"""1 if the answer, or anything that Math-Verify finds in the response, is the ground truth; else 0.
+
+    The answer is the last `\boxed{}`, else what follows the first `#### `, else the last number. It must be the ground
+    truth as a string, after dollars, percent signs, commas, `\text` and a trailing unit are dropped.
+
+    Raises:
+      Undecidable: Math-Verify would take longer than the original waits.
+    """
+    answer = _paper_answer(response)
+    if answer is None:
+        return 0.0
+    return float(answer == _paper_normalise(ground_truth) or agrees(response, ground_truth))
+
+
+def _paper_answer(response: str) -> str | None:
+    boxed = last_box(response)
+    if boxed is not None:
+        return _paper_normalise(boxed)
+    marked = _PAPER_MARKED.search(response)
+    if marked:
+        return _paper_normalise(marked[1])
+    for number in reversed(_PAPER_NUMBER.findall(response)):
+        answer = _paper_integer(number.replace(",", ""))
+        if answer not in ("", ".", "0."):
+            return answer
+    return None
+
+
+def _paper_normalise(answer: str) -> str:
+    answer = answer.strip()
+    for command in ("\\text{", "\\textbf{"):
+        answer = _without_command(answer, command)
+    answer = re.sub(r"\\?[$%]|,", "", answer)
+    for length, pattern in _PAPER_UNIT_PATTERNS:  # each at most once, in this order, so that "cents" leaves no "s"
+        trimmed = answer.rstrip()
+        match = pattern.search(trimmed, max(0, len(trimmed) - length))
+        if match:
+            answer = trimmed[: match.start()].rstrip()
+    return _paper_integer(answer.strip())
+
+
+def _without_command(text: str, command: str) -> str:
+    """`text` with each `command`...} replaced by what it holds up to the first closing brace."""
+    parts, place = [], 0
+    while (start := text.find(command, place)) >= 0 and (end := text.find("}", start)) >= 0:
+        parts += [text[place:start], text[start + len(command) : end]]
+        place = end + 1
+    return "".join([*parts, text[place:]])
+
+
+def _paper_integer(answer: str) -> str:
+    """A decimal without a fractional part as an integer; 42 itself is not touched, nor is 1e2."""
+    if "." not in answer:
+        return answer
+    try:
+        value = float(answer)
+    except ValueError:
+        return answer
+    return str(int(value)) if value.is_integer() else answer
