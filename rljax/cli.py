@@ -7,12 +7,22 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rljax.config import ConfigError
 
+if TYPE_CHECKING:
+    from rljax.evaluate.predictions import SetResult
+
 USAGE_ERROR = 64
 """Exit code of input that cannot be used; a launcher must not try it again."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError where argparse prints and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; `{self.prog} --help` says what it takes")
 
 
 def _train(argv: list[str]) -> None:
@@ -40,6 +50,35 @@ def _sft(argv: list[str]) -> None:
     from rljax.sft import sft
 
     sft(config)
+
+
+def _eval(argv: list[str]) -> None:
+    """Measures a policy on named sets   CONFIG.yaml ... --eval.data FILE ... | --rescore FOLDER [--mode paper|fixed]"""
+    if "--rescore" in argv:
+        _rescore(argv)
+        return
+    from rljax.config_file import parse_config
+
+    config = parse_config(argv, prog="rljax eval")
+    _log_to_stdout()
+    from rljax.evaluate.sets import evaluate
+
+    _print_sets(evaluate(config))
+
+
+def _rescore(argv: list[str]) -> None:
+    from rljax.config import RewardConfig
+
+    parser = _Parser(prog="rljax eval", description="Scores saved predictions anew, without a model.")
+    parser.add_argument("--rescore", required=True, metavar="FOLDER", help="what `rljax eval` wrote")
+    parser.add_argument("--mode", choices=("paper", "fixed"), default=RewardConfig().mode)
+    parser.add_argument("--output", default="", help="folder to write; without it, one inside FOLDER")
+    parser.add_argument("--unsandboxed-code", action="store_true", help="run programs where there is no sandbox")
+    given = parser.parse_args(argv)
+    from rljax.evaluate.predictions import rescore
+
+    config = RewardConfig(mode=given.mode, unsandboxed_code=given.unsandboxed_code)
+    _print_sets(rescore(given.rescore, config, given.output))
 
 
 def _sample(argv: list[str]) -> None:
@@ -72,6 +111,49 @@ def _convert(argv: list[str]) -> None:
     from rljax.export import convert
 
     convert(*places, adapter=adapter)
+
+
+def _reward(argv: list[str]) -> None:
+    """Scores saved completions, JSON lines in and out   FILE.jsonl [--mode paper|fixed] [--output FILE]"""
+    given = reward_parser().parse_args(argv)
+    if given.workers < 1 or not 0 < given.timeout_seconds < float("inf"):
+        raise ConfigError(
+            f"--workers {given.workers} must be at least 1 and --timeout-seconds {given.timeout_seconds} positive and "
+            "finite"
+        )
+    from rljax.config import RewardConfig
+    from rljax.rewards.offline import score_file
+
+    config = RewardConfig(
+        name=given.name,
+        mode=given.mode,
+        workers=given.workers,
+        timeout_seconds=given.timeout_seconds,
+        file=given.own,
+        unsandboxed_code=given.unsandboxed_code,
+    )
+    score_file(given.file, config, given.output)
+
+
+def reward_parser() -> argparse.ArgumentParser:
+    """Arguments of `rljax reward`; raises ConfigError where others print and exit."""
+    from rljax.config import RewardConfig
+
+    parser = _Parser(
+        prog="rljax reward",
+        description="Scores completions offline: every line of FILE holds data_source, response, ground_truth and "
+        "perhaps extra_info; the same lines come out with score, error and seconds.",
+    )
+    default = RewardConfig()
+    parser.add_argument("file", metavar="FILE.jsonl")
+    parser.add_argument("--mode", choices=("paper", "fixed"), default=default.mode)
+    parser.add_argument("--name", default=default.name, help="verifier; auto: by data_source")
+    parser.add_argument("--file", dest="own", default="", metavar="FILE.py:FUNCTION", help="a reward of your own")
+    parser.add_argument("--output", default="", help="JSONL file to write; without it, the terminal")
+    parser.add_argument("--workers", type=int, default=default.workers)
+    parser.add_argument("--timeout-seconds", type=float, default=default.timeout_seconds, help="limit of an item")
+    parser.add_argument("--unsandboxed-code", action="store_true", help="run programs where there is no sandbox")
+    return parser
 
 
 def _report(argv: list[str]) -> None:
@@ -120,11 +202,6 @@ def _prepare(options: argparse.Namespace) -> None:
     print(prepare(options.kind, options.source, options.output_dir, **guru))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}; `{self.prog} --help` says what it takes")
-
-
 def data_parser() -> argparse.ArgumentParser:
     """Arguments of `rljax data`; raises ConfigError where others print and exit."""
     parser = _Parser(prog="rljax data", description="Data in the verl schema, and what it holds.", allow_abbrev=False)
@@ -158,7 +235,9 @@ def data_parser() -> argparse.ArgumentParser:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "sft": _sft,
+    "eval": _eval,
     "sample": _sample,
+    "reward": _reward,
     "convert": _convert,
     "report": _report,
     "data": _data,
@@ -211,6 +290,22 @@ def _log_to_stdout() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for chatty in ("absl", "jax", "orbax", "httpx", "grain"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _print_sets(results: "Sequence[SetResult]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rljax.evaluate.predictions import overall, table_rows
+
+    (first, *titles), *rows = table_rows(results)
+    table = Table(caption=f"mean over data sources: {overall(results):.3f}; ± standard error, clustered by prompt")
+    table.add_column(first)
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def _print_table(run_dir: str, summary: dict[str, float], report: str) -> None:

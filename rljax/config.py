@@ -180,8 +180,20 @@ class SamplingConfig:
 class RewardConfig:
     """How completions are scored."""
 
-    name: Literal["auto", "math", "gsm8k", "char_count", "exact"] = "auto"
+    name: Literal["auto", "naive_dapo", "math_dapo", "gsm8k", "supergpqa", "zebra", "coder1", "char_count", "exact"] = (
+        "auto"
+    )
     """auto: by each record's `data_source`."""
+    mode: Literal["paper", "fixed"] = "fixed"
+    """paper: the verifiers as the paper's code has them, defects included. fixed: the same, repaired."""
+    hack_meter: bool = True
+    """In training, score every completion in the other mode too and log how often they differ."""
+    file: str = ""
+    """FILE.py:FUNCTION of a reward of your own, fn(response, ground_truth, extra_info) -> [0, 1]. It is code, so it is
+    taken from the command line only, never from a YAML file or a checkpoint."""
+    unsandboxed_code: bool = False
+    """Run programs in completions (HumanEval) where the sandbox, bubblewrap, does not work. They can then do whatever
+    this user can."""
     timeout_seconds: float = 10.0
     """Wall-clock limit per completion; an overrun scores 0 and is counted."""
     workers: int = 2
@@ -342,6 +354,30 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """`rljax eval`: a policy on named sets. The defaults are the paper's: one completion at 0.7."""
+
+    data: tuple[str, ...] = ()
+    """Files in the verl schema, folders of them, or as `data.train`; a set goes by the name of its file."""
+    run: str = ""
+    """Folder of a run whose checkpoint is measured; empty: the weights in `model.path`."""
+    step: int = 0
+    """Step of the run; 0: the newest that is kept."""
+    samples_per_prompt: int = 1
+    """n: of the mean@n, pass@k and maj@n."""
+    temperature: float = 0.7
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that hold this share; 1: off."""
+    max_completion_tokens: int = 0
+    """0: as `sampling`."""
+    max_prompts: int = 0
+    """First so many records of each set; 0: all (for a task: 256)."""
+    output: str = ""
+    """Folder for predictions.jsonl, results.json and results.md; empty: `eval` in the folder of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """`rljax sample`: completions of prompts given here or in a file, as lines of JSON."""
 
@@ -412,6 +448,7 @@ class RunConfig:
     lora: LoraConfig = LoraConfig()
     sft: SftConfig = SftConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -441,6 +478,7 @@ _AT_LEAST_ONE = (
     "sft.batch_size",
     "sft.max_tokens",
     "evaluation.samples_per_prompt",
+    "eval.samples_per_prompt",
     "sample.samples_per_prompt",
     "sample.max_completion_tokens",
     "checkpoint.keep",
@@ -482,6 +520,10 @@ _AT_LEAST_ZERO = (
     "evaluation.temperature",
     "evaluation.max_completion_tokens",
     "evaluation.max_prompts",
+    "eval.step",
+    "eval.temperature",
+    "eval.max_completion_tokens",
+    "eval.max_prompts",
     "sample.temperature",
     "sample.top_k",
     "sample.min_completion_tokens",
@@ -512,6 +554,8 @@ def _check_ranges(config: RunConfig) -> None:
                 f"{name} = {field_value(config, name)} must be at least 0 and below 1, the share of the past that a "
                 f"running mean keeps; change it in the YAML or with --{name}"
             )
+    if not 0 < config.eval.top_p <= 1:
+        raise ConfigError(f"eval.top_p = {config.eval.top_p} must be above 0 and at most 1; 1 switches it off")
     if not 0 < config.sample.top_p <= 1 or not 0 <= config.sample.min_p <= 1:
         raise ConfigError(
             f"sample.top_p = {config.sample.top_p} must be above 0 and at most 1, and sample.min_p = "

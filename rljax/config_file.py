@@ -45,6 +45,10 @@ def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig
     return dataclasses.replace(default, **top, **changed)
 
 
+COMMAND_LINE_ONLY = ("reward.file",)
+"""Settings that name code: a file that somebody else may have written is not asked what to run."""
+
+
 def _split_arguments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """(YAML files, [(name, values)]): `--a 1 2` is ("a", ["1", "2"]); after `--a=` any text is a value."""
     files: list[str] = []
@@ -76,6 +80,11 @@ def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read(name: str, value: Any, *, prefix: str = "", where: str = "") -> Any:
     """`value`, as YAML or a flag gives it, as the kind of setting `name`; `prefix` and `where` are for the message."""
+    if name in COMMAND_LINE_ONLY and not prefix and value:
+        raise ConfigError(
+            f"{name} = {value!r}{where} names code to run, and that is taken from the command line only; remove the "
+            f"line and give --{name} {value}"
+        )
     if value is None and (name in _KINDS or name in _SECTIONS):
         raise ConfigError(
             f"{name} = null{where}, and every field has a value; give one ('' is empty text), or remove the line to "
@@ -175,12 +184,22 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML that `parse_config` reads back to an equal config."""
+    """YAML that `parse_config` reads back to an equal config, but for what only the command line may say: a comment."""
     import yaml
+
+    comments = [
+        f"# given on the command line: --{name} {field_value(config, name)}\n"
+        for name in COMMAND_LINE_ONLY
+        if field_value(config, name)
+    ]
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return list(value) if isinstance(value, tuple) else value
 
-    return yaml.safe_dump(plain(config), sort_keys=False)
+    tree = plain(config)
+    for name in COMMAND_LINE_ONLY:
+        section, _, field = name.rpartition(".")
+        tree[section][field] = ""
+    return "".join(comments) + yaml.safe_dump(tree, sort_keys=False)

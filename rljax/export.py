@@ -1,18 +1,16 @@
 """Weights from one form to another: GGUF files and run folders to Hugging Face folders, and adapters to PEFT's."""
 
-import dataclasses
 import json
 import logging
 from pathlib import Path
 
-from rljax.checkpoint import CheckpointStore
-from rljax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
-from rljax.config_file import parse_config, read_yaml
+from rljax.config import ConfigError
+from rljax.config_file import read_yaml
 from rljax.models.gguf import convert_gguf, demo_gguf
 from rljax.models.hf import describe_architecture
 from rljax.models.lora import attach
 from rljax.models.peft import save_adapter
-from rljax.policy import Policy, open_policy
+from rljax.policy import Policy, load_run
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +68,7 @@ def save_description(policy: Policy, folder: Path) -> None:
 
 
 def export_run(run_dir: Path, destination: str, *, adapter: bool = False) -> None:
-    """The newest checkpoint of a run as a Hugging Face folder, or its LoRA `adapter` as one of PEFT.
-
-    Model and tokenizer are those described in `run_dir`/model, so a run can be moved; a run without that folder needs
-    the folders named in its config.yaml, as seen from the working directory. So does a run with LoRA, whose checkpoints
-    hold the adapter and not the model it belongs to.
+    """The newest checkpoint of a run as a Hugging Face folder, or its LoRA `adapter` as one of PEFT (`load_run`).
 
     Raises:
       ConfigError: `adapter` of a run without one; a folder that is needed is not there.
@@ -85,20 +79,9 @@ def export_run(run_dir: Path, destination: str, *, adapter: bool = False) -> Non
             f"{run_dir} is a run without LoRA (lora.rank = 0), so there is no adapter; leave --adapter out to write "
             "the model"
         )
-    if (run_dir / "model").is_dir() and not with_lora:
-        config = RunConfig(model=ModelConfig(path=str(run_dir / "model")))
-    else:
-        config = parse_config([str(run_dir / "config.yaml")])
-    # The devices here need not be those of the run; the checkpoint is read onto whatever mesh this machine makes.
-    policy = open_policy(dataclasses.replace(config, mesh=MeshConfig()))
-    store = CheckpointStore(run_dir / "checkpoints", None)
-    try:
-        state, _, step = store.restore({"params": policy.trained_shapes}, partial=True)
-    finally:
-        store.close()
-    logger.info("step %d of %s", step, run_dir)
+    run = load_run(run_dir, with_base=not adapter)
+    logger.info("step %d of %s", run.step, run_dir)
     if adapter:
-        save_adapter(state["params"], config.lora, config.model, destination)
+        save_adapter(run.trained, run.config.lora, run.config.model, destination)
     else:
-        base = policy.load_params(config.seed) if with_lora else None
-        policy.export(attach(base, state["params"], config.lora.scale), destination)
+        run.policy.export(attach(run.base, run.trained, run.lora_scale), destination)

@@ -8,7 +8,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rljax.config import ARCHITECTURES, Architecture, ConfigError, LoraConfig, RunConfig, SamplingConfig
+from rljax.checkpoint import CheckpointStore
+from rljax.config import (
+    ARCHITECTURES,
+    Architecture,
+    ConfigError,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+)
+from rljax.config_file import parse_config, read_yaml
 from rljax.data.tasks import TASKS
 from rljax.mesh import LEARNER_RULES, make_mesh, param_shardings
 from rljax.models import hf, qwen2
@@ -127,6 +138,54 @@ def open_policy(config: RunConfig) -> Policy:
     )
     _ = policy.shapes, policy.trained_shapes  # a mesh that does not divide is refused now, not after the data is read
     return policy
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A run's policy with the parameters of one of its checkpoints."""
+
+    config: RunConfig
+    policy: Policy
+    trained: qwen2.Params
+    """What the run trained: all parameters, or with LoRA the adapter."""
+    base: qwen2.Params | None
+    """What the adapter lies beside; None without LoRA."""
+    step: int
+
+    @property
+    def lora_scale(self) -> float:
+        return self.config.lora.scale
+
+
+def load_run(run_dir: Path, *, step: int | None = None, with_base: bool = True) -> LoadedRun:
+    """The newest checkpoint of a run, or that of `step`, on whatever mesh this machine makes.
+
+    Model and tokenizer are those described in `run_dir`/model, so a run can be moved; a run without that folder needs
+    the folders named in its config.yaml, as seen from the working directory. So does a run with LoRA, whose checkpoints
+    hold the adapter and not the model it belongs to.
+
+    Args:
+      with_base: load what an adapter lies beside.
+
+    Raises:
+      ConfigError: no such run or step; a folder that is needed is not there.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} holds no config.yaml, so it is not the folder of a run; give one that is")
+    with_lora = bool(read_yaml(run_dir / "config.yaml").get("lora", {}).get("rank"))
+    if (run_dir / "model").is_dir() and not with_lora:
+        config = RunConfig(model=ModelConfig(path=str(run_dir / "model")))
+    else:
+        config = parse_config([str(run_dir / "config.yaml")])
+    # The devices here need not be those of the run.
+    policy = open_policy(dataclasses.replace(config, mesh=MeshConfig()))
+    store = CheckpointStore(run_dir / "checkpoints", None)
+    try:
+        state, _, found = store.restore({"params": policy.trained_shapes}, partial=True, step=step)
+    finally:
+        store.close()
+    base = policy.load_params(config.seed) if with_lora and with_base else None
+    return LoadedRun(config, policy, state["params"], base, found)
 
 
 def resolve_dtype(compute_dtype: str) -> str:

@@ -23,13 +23,14 @@ from rljax.costs import flops_utilisation, paper_flops, scaling_params
 from rljax.data.pipeline import PromptPipeline, open_pipeline
 from rljax.data.records import read_records
 from rljax.data.reuse import steps_for
-from rljax.evaluate import Evaluation, EvaluationResult, Scored, join_scored, rollout_rows, sample
+from rljax.evaluate.held_out import Evaluation, EvaluationResult, Scored, join_scored, rollout_rows, sample
 from rljax.mesh import num_row_shards
 from rljax.metrics import ALIASES, CurveRow, Metric, MetricSink, PhaseTimer, Progress, merge, to_floats
 from rljax.models.lora import attach
 from rljax.policy import Policy, memory_gib, open_policy
 from rljax.rewards.overlong import soft_overlong
-from rljax.rewards.pool import RewardPool, summarise
+from rljax.rewards.pool import summarise
+from rljax.rewards.scorer import RewardFunction, Scorer, hack_metrics, open_scorer
 from rljax.rl.advantages import group_advantages, groups_to_train_on, has_spread
 from rljax.rl.learner import (
     Learner,
@@ -77,7 +78,7 @@ class Run:
     pipeline: PromptPipeline
     learner: Learner
     sampler: Sampler
-    pool: RewardPool
+    scorer: Scorer
     evaluation: Evaluation | None
     store: CheckpointStore | None
     sink: MetricSink
@@ -87,8 +88,12 @@ class Run:
     key: jax.Array
 
 
-def train(config: RunConfig) -> dict[str, float]:
+def train(config: RunConfig, *, reward: RewardFunction | None = None) -> dict[str, float]:
     """Runs or resumes `config`; returns `{"first": pass@1 at step 0, "last": ..., "steps": ...}` where measured.
+
+    Args:
+      reward: fn(response, ground_truth, extra_info) -> reward in [0, 1], or a coroutine function, in the place of the
+        verifiers, in training and evaluation. It runs in this process: `reward.file` is the safer way.
 
     Raises:
       ConfigError: the config, the data, the weights or an existing run folder do not allow it.
@@ -105,8 +110,8 @@ def train(config: RunConfig) -> dict[str, float]:
         logger.info(line)
     if config.lora.rank:
         logger.info("lora: %s", describe_adapter(policy))
-    with RewardPool(config.reward.workers, config.reward.timeout_seconds) as pool:
-        run = _open_run(config, policy, pipeline, num_steps, evaluation, pool)
+    with open_scorer(config.reward, reward) as scorer:
+        run = _open_run(config, policy, pipeline, num_steps, evaluation, scorer)
         last_step = run.first_step
         try:
             if run.first_step == 0 and evaluation is not None:
@@ -205,7 +210,7 @@ def _open_run(
     pipeline: PromptPipeline,
     num_steps: int,
     evaluation: Evaluation | None,
-    pool: RewardPool,
+    scorer: Scorer,
 ) -> Run:
     shapes = state_shapes(policy.trained_shapes, config.optimizer, policy.mesh)
     folder = Path(config.run_dir)
@@ -258,7 +263,7 @@ def _open_run(
         pipeline=pipeline,
         learner=learner,
         sampler=sampler,
-        pool=pool,
+        scorer=scorer,
         evaluation=evaluation,
         store=store,
         sink=MetricSink(
@@ -314,8 +319,8 @@ def _collect(run: Run, timer: PhaseTimer) -> Collected:
                 prompts,
                 algorithm.group_size,
                 run.policy.tokenizer,
-                run.pool,
-                config.reward.name,
+                run.scorer,
+                both_modes=config.reward.hack_meter,
                 key=jax.random.fold_in(run.key, _TRAIN_DRAWS),
                 temperature=config.sampling.temperature,
                 max_completion_tokens=config.sampling.max_completion_tokens,
@@ -365,6 +370,7 @@ def _step(run: Run, step: int) -> dict[str, float]:
         **metrics,
         **group_metrics(sampled.rewards),
         **summarise(sampled.verdicts),
+        **hack_metrics(sampled.verdicts, sampled.others, run.scorer.mode),
         **collected.metrics,
         **_length_metrics(sampled.rollouts),
         **_throughput(run, collected, metrics["learner/model_flops"], seconds),
@@ -455,7 +461,7 @@ def _size(run: Run) -> float:
 def _evaluate(run: Run, step: int) -> EvaluationResult:
     assert run.evaluation is not None
     key = jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_DRAWS), jnp.uint32(step))
-    result = run.evaluation.run(run.sampler, run.pool, key)
+    result = run.evaluation.run(run.sampler, run.scorer, key)
     config = run.config
     run.sink.write_curve(
         CurveRow(

@@ -33,7 +33,7 @@ from rljax.models import hf
 from rljax.policy import open_policy
 from rljax.rl.learner import checkpoint_shapes, state_shapes, update_shape
 from rljax.tokenizer import character_tokenizer, load_tokenizer
-from rljax.train import batch_table
+from rljax.train import batch_table, train
 
 SETTINGS: dict[str, Any] = {
     "model": {"architecture": "tiny", "remat": "none"},
@@ -152,7 +152,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert not said.err and all(f"rljax {name} " in said.out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["train", "sft"])
+@pytest.mark.parametrize("name", ["train", "sft", "eval"])
 def test_help_lists_every_field(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     said = capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_help_lists_every_field(name: str, capsys: pytest.CaptureFixture[str]) -
         assert not missing
 
 
-@pytest.mark.parametrize("name", ["convert", "report"])
+@pytest.mark.parametrize("name", ["convert", "report", "reward"])
 def test_help_of_the_others(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     said = capsys.readouterr()
@@ -800,6 +800,57 @@ def test_a_resumed_run_refills_as_the_unbroken(refilled: tuple[Path, Path]) -> N
         for metrics in map(metrics_of, refilled)
     )
     assert len(rows) > 4 and rows == rows_parts
+
+
+# -------------------------------------------------------------------------------------------------- one's own reward
+
+OWN_REWARD = "def score(response, ground_truth, extra_info):\n    return 0.5 if '1' in response else 0.125\n"
+
+
+def test_a_reward_of_ones_own_in_code_and_in_a_file(place: Place, tmp_path: Path, refused: Refused) -> None:
+    """The same rewards, in the same place of the loop; the run says where they came from and does not run it itself."""
+    names: dict[str, Any] = {}
+    exec(OWN_REWARD, names)
+    file, in_code, in_file = tmp_path / "mine.py", tmp_path / "code", tmp_path / "file"
+    file.write_text(OWN_REWARD)
+    given, own = [place.config, "--steps", "1"], f"{file}:score"
+    train(parse_config([*given, "--run_dir", str(in_code)]), reward=names["score"])
+    assert main(["train", *given, "--run_dir", str(in_file), "--reward.file", own]) == 0
+    for folder in (in_code, in_file):
+        rows = [json.loads(line) for line in (folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+        assert {row["reward"] for row in rows} == {0.5, 0.125}
+        assert all(row["reward"] == names["score"](row["completion"], "", {}) for row in rows)
+    assert metrics_of(in_code)[1]["reward/mean"] == metrics_of(in_file)[1]["reward/mean"]
+
+    written = (in_file / "config.yaml").read_text()
+    assert f"# given on the command line: --reward.file {own}\n" in written
+    assert parse_config([str(in_file / "config.yaml")]).reward.file == ""
+    said = refused("train", *given, "--run_dir", str(in_file), "--steps", "2")
+    assert "reward.file" in said
+    assert main(["train", *given, "--run_dir", str(in_file), "--steps", "2", "--reward.file", own]) == 0
+
+
+def test_no_file_may_say_what_code_to_run(tmp_path: Path, refused: Refused) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("reward: {file: 'mine.py:score'}\n")
+    said = refused("train", str(config))
+    assert "reward.file = 'mine.py:score'" in said and "command line only" in said
+
+
+def test_the_hack_meter_of_a_run(place: Place, tmp_path: Path) -> None:
+    """Completions are single digits and the truth a surd: the paper's rule reads one number out of it."""
+    rows = [{"prompt": "a:bcda", "answer": "1 \\sqrt{2}", "data_source": "math__toy"}] * 24
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--data.train", str(tmp_path / "toy.jsonl"), "--model.tokenizer", place.tokenizer, "--steps", "1"]
+    given += ["--evaluation.data", "", "--reward.mode", "paper", "--reward.timeout_seconds", "60"]
+    for meter in ("true", "false"):
+        folder = tmp_path / meter
+        assert main(["train", place.config, *given, "--reward.hack_meter", meter, "--run_dir", str(folder)]) == 0
+        (row,) = metrics_of(folder)
+        if meter == "false":
+            assert "reward/hacked_fraction" not in row
+        else:
+            assert row["reward/hacked_fraction"] == row["reward/modes_differ_fraction"] == row["reward/mean"] > 0
 
 
 def test_sft_of_a_task_makes_its_own_vocabulary(place: Place, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from rljax.cli import COMMANDS, data_parser, main
+from rljax.cli import COMMANDS, data_parser, main, reward_parser
 from rljax.config import ModelConfig, RunConfig
 from rljax.config_file import parse_config
 from rljax.data.records import read_records
@@ -127,6 +127,8 @@ def test_rljax_commands(place: int, walk: Walk) -> None:
         assert code == 0, said
     elif arguments[0] == "data":  # parsed only
         assert data_parser().parse_args(arguments[1:]).action == arguments[1]
+    elif arguments[0] == "reward":
+        assert reward_parser().parse_args(arguments[1:]).mode == "paper"
     elif arguments[0] == "convert":
         assert arguments[1] == DEMO and len(arguments) == 3
     else:  # parsed only
@@ -182,7 +184,7 @@ def test_the_data_line_is_a_record(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text(line)
     (record,) = read_records(str(tmp_path / "mine.jsonl"))
     assert record.ground_truth == "144" and "\\boxed{}" in record.prompt[0]["content"]
-    assert verifier_for(record.data_source, "auto") == "math"
+    assert verifier_for(record.data_source) == "naive_dapo/fixed"
 
 
 def test_the_ten_lines_are_the_defaults(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, Literal
 
+from rljax.rewards.answers import MORE_SECONDS
+from rljax.rewards.sandbox import UNSANDBOXED
+
 Status = Literal["scored", "unparseable", "error", "timeout", "crashed"]
 
 _WORKER_COMMAND = (sys.executable, "-P", "-m", "rljax.rewards.worker")  # -P: a math.py in the user's folder is not ours
@@ -76,6 +79,8 @@ class RewardPool:
       workers: items scored at the same time.
       timeout_seconds: wall-clock limit of one item, the start of the process not included.
       memory_bytes: address space of one worker (Linux).
+      reward_file: FILE.py:FUNCTION of a custom verifier, the only one of these workers.
+      unsandboxed_code: let programs in completions run where there is no sandbox.
       command: program and arguments of a worker; tests give one with verifiers that misbehave.
     """
 
@@ -85,12 +90,17 @@ class RewardPool:
         timeout_seconds: float,
         memory_bytes: int = 2 << 30,
         *,
+        reward_file: str = "",
+        unsandboxed_code: bool = False,
         command: Sequence[str] = _WORKER_COMMAND,
     ) -> None:
         assert workers >= 1, f"workers = {workers} must be at least 1"
         assert timeout_seconds > 0, f"timeout_seconds = {timeout_seconds} must be positive"
         self._timeout_seconds = timeout_seconds
-        self._command = (*command, str(memory_bytes), str(timeout_seconds + _ALARM_MARGIN_SECONDS))
+        alarm = str(timeout_seconds + _ALARM_MARGIN_SECONDS)
+        self._command = (*command, str(memory_bytes), alarm, *([reward_file] if reward_file else []))
+        # Hash seed: sympy's order of terms, hence a verdict, must not vary.
+        self._environment = {"PYTHONHASHSEED": "0", UNSANDBOXED: "1" if unsandboxed_code else "0"}
         self._lock = threading.Lock()
         self._closed = False
         self._failure = ""
@@ -137,13 +147,14 @@ class RewardPool:
         if item.verifier not in worker.verifiers:
             self._idle.append(worker)
             raise AssertionError(f"no verifier {item.verifier!r}; there are {', '.join(worker.verifiers)}")
+        limit = self._timeout_seconds + MORE_SECONDS.get(item.verifier, 0.0)
         start = time.monotonic()
         try:
-            reply = worker.ask(line, deadline=start + self._timeout_seconds)
+            reply = worker.ask(line, deadline=start + limit)
         except TimeoutError:
             seconds = time.monotonic() - start
             self._replace(worker)
-            return Verdict(0.0, "timeout", seconds, f"stopped after {self._timeout_seconds:g} s")
+            return Verdict(0.0, "timeout", seconds, f"stopped after {limit:g} s")
         except _WorkerEnded:
             seconds = time.monotonic() - start
             self._replace(worker)
@@ -182,7 +193,7 @@ class RewardPool:
         with self._lock:  # closing and starting exclude each other: no worker is started that nobody would kill
             if self._closed:
                 raise RewardPoolError("the reward pool is closed")
-            worker = _Worker(self._command)
+            worker = _Worker(self._command, self._environment)
             self._alive.add(worker)
         return worker
 
@@ -209,7 +220,7 @@ class _WorkerEnded(Exception):
 class _Worker:
     """One process and its pipes. Used by one thread at a time, but `kill` may come from any."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.verifiers: list[str] = []
         self.startup_output = ""
         """What a killed process had written to standard error before it was ready (the end of it)."""
@@ -217,7 +228,7 @@ class _Worker:
         self._received = b""
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, closed by `release`
         self._start_deadline = time.monotonic() + _START_SECONDS
-        # Own session: Ctrl-C is for the parent. Hash seed: sympy's order of terms, hence a verdict, must not vary.
+        # Own session: Ctrl-C is for the parent.
         # No preexec_fn: with it Python really forks, and JAX's threads do not survive that.
         self._process = subprocess.Popen(
             command,
@@ -225,7 +236,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             start_new_session=True,
-            env=os.environ | {"PYTHONHASHSEED": "0"},
+            env={**os.environ, **environment},
         )
         assert self._process.stdin is not None and self._process.stdout is not None, "pipes were asked for"
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()

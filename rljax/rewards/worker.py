@@ -1,6 +1,7 @@
 """The process that runs verifiers: one JSON line in, one JSON line out, until its input ends.
 
-Started by `pool.RewardPool` as `python -m rljax.rewards.worker MEMORY_BYTES ALARM_SECONDS`. It is its own program
+Started by `pool.RewardPool` as `python -m rljax.rewards.worker MEMORY_BYTES ALARM_SECONDS [FILE.py:FUNCTION]`; with a
+file, that function is the one verifier there is, `custom`. It is its own program
 rather than a `multiprocessing` child because a spawned child imports the parent's `__main__` again, which here may
 bring JAX and take hold of the accelerator, and because JSON, unlike pickle, cannot carry code. Of the project it
 imports `rljax.rewards` and `rljax.config`, neither of which knows JAX.
@@ -10,8 +11,10 @@ imports `rljax.rewards` and `rljax.config`, neither of which knows JAX.
        {"status": "scored", "score": 1.0, "message": "", "retire": false}      per line in
 """
 
+import asyncio
+import importlib.util
+import inspect
 import json
-import math
 import os
 import resource
 import signal
@@ -19,7 +22,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rljax.rewards.answers import Undecidable, Verifier
+from rljax.rewards.answers import MORE_SECONDS, Undecidable, Verifier, checked_score
 
 ITEMS_BEFORE_RETIRING = 1000
 """sympy caches what it sees and never forgets: a worker is replaced after so many items."""
@@ -41,7 +44,7 @@ def serve(verifiers: Mapping[str, Verifier]) -> None:
     _write(replies, {"verifiers": sorted(verifiers)})
     for served, line in enumerate(requests, start=1):
         signal.setitimer(signal.ITIMER_REAL, alarm_seconds)
-        reply, retire = _answer(verifiers, line)
+        reply, retire = _answer(verifiers, line, alarm_seconds)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _write(replies, reply | {"retire": retire or served >= ITEMS_BEFORE_RETIRING})
 
@@ -61,14 +64,15 @@ def _take_standard_streams() -> tuple[Any, Any]:
     return requests, replies
 
 
-def _answer(verifiers: Mapping[str, Verifier], line: bytes) -> tuple[dict[str, Any], bool]:
+def _answer(verifiers: Mapping[str, Verifier], line: bytes, alarm_seconds: float) -> tuple[dict[str, Any], bool]:
     """The reply without its last field, and whether this process should not be trusted with another item."""
     try:
         request = json.loads(line)
         verifier = verifiers[request["verifier"]]
-        score = float(verifier(request["response"], request["ground_truth"], request["extra_info"]))
-        if not (math.isfinite(score) and 0 <= score <= 1):
-            raise ValueError(f"verifier {request['verifier']} returned {score}, which is not in [0, 1]")
+        if more := MORE_SECONDS.get(request["verifier"]):
+            signal.setitimer(signal.ITIMER_REAL, alarm_seconds + more)
+        score = verifier(request["response"], request["ground_truth"], request["extra_info"])
+        score = checked_score(request["verifier"], score)
         return {"status": "scored", "score": score, "message": ""}, False
     except Undecidable as error:
         return {"status": "unparseable", "score": 0.0, "message": _clip(error)}, False
@@ -85,7 +89,27 @@ def _write(replies: Any, message: dict[str, Any]) -> None:
     replies.flush()
 
 
-if __name__ == "__main__":
-    from rljax.rewards.dispatch import VERIFIERS
+def load_function(given: str) -> Verifier:
+    """FUNCTION of FILE.py, `given` as FILE.py:FUNCTION; a coroutine function is run to its end at each call.
 
-    serve(VERIFIERS)
+    The file may import its neighbours: its folder comes last on the path, so that none of them hides a library.
+    """
+    path, _, name = given.rpartition(":")
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
+    spec = importlib.util.spec_from_file_location("rljax_custom_reward", path)
+    assert spec is not None and spec.loader is not None, f"{path} is no Python file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name)
+    if inspect.iscoroutinefunction(function):
+        return lambda *arguments: asyncio.run(function(*arguments))
+    return function
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        serve({"custom": load_function(sys.argv[3])})
+    else:
+        from rljax.rewards.dispatch import VERIFIERS
+
+        serve(VERIFIERS)

@@ -19,7 +19,7 @@ def item(verifier: str, response: str = "", ground_truth: str = "") -> RewardIte
     return RewardItem(verifier, response, ground_truth)
 
 
-EASY = item("math", "\\boxed{\\frac{1}{2}}", "0.5")
+EASY = item("naive_dapo/fixed", "\\boxed{\\frac{1}{2}}", "0.5")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_what_a_verifier_prints_does_not_reach_the_protocol(pool):
     ids=["nul", "surrogates", "lines", "megabyte", "megabyte of surrogates", "empty"],
 )
 def test_any_text_goes_through_unchanged(pool, response):
-    verdicts = pool.score([RewardItem("exact", response, response, {"index": 3}), item("length", response), EASY])
+    verdicts = pool.score([RewardItem("exact/fixed", response, response, {"index": 3}), item("length", response), EASY])
     assert [verdict.score for verdict in verdicts] == [1.0, 1 / (1 + len(response)), 1.0]
 
 
@@ -256,8 +256,8 @@ def test_hostile_answers_score_zero_within_the_limit(tmp_path):
     answers = [answer.replace("{marker}", str(marker)) for answer in HOSTILE.values()]
     items = []
     for answer in answers:
-        items += [item("math", f"so \\boxed{{{answer}}}", "\\sqrt{2}+1"), EASY]
-        items += [item("math", answer, "7"), item("gsm8k", answer, "7")]
+        items += [item("naive_dapo/fixed", f"so \\boxed{{{answer}}}", "\\sqrt{2}+1"), EASY]
+        items += [item("naive_dapo/fixed", answer, "7"), item("gsm8k/fixed", answer, "7")]
     with RewardPool(2, 3.0) as pool:
         verdicts = pool.score(items)
     hostile = dict(zip(HOSTILE, verdicts[::4], strict=True))

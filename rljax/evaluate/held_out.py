@@ -10,8 +10,8 @@ import numpy as np
 from rljax.config import EvaluationConfig, RunConfig
 from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, stack_prompts, with_system
 from rljax.data.records import read_records
-from rljax.rewards.dispatch import verifier_for
-from rljax.rewards.pool import RewardHandle, RewardItem, RewardPool, Verdict, summarise
+from rljax.rewards.pool import Verdict, summarise
+from rljax.rewards.scorer import Scorer, Scoring
 from rljax.sampling.engine import Sampler
 from rljax.tokenizer import Tokenizer
 from rljax.types import LENGTH, Prompts, Rollouts, join_rollouts
@@ -27,6 +27,7 @@ class Scored:
     rewards: np.ndarray  # [P, G] float32
     texts: list[str]  # row by row, as the verdicts
     verdicts: list[Verdict]
+    others: list[Verdict | None]  # of the other mode of the verifier, where it was asked
 
 
 def join_scored(parts: Sequence[Scored]) -> Scored:
@@ -36,6 +37,7 @@ def join_scored(parts: Sequence[Scored]) -> Scored:
         np.concatenate([part.rewards for part in parts]),
         [text for part in parts for text in part.texts],
         [verdict for part in parts for verdict in part.verdicts],
+        [verdict for part in parts for verdict in part.others],
     )
 
 
@@ -44,14 +46,15 @@ class BeingScored:
     """Rollouts whose rewards are on their way."""
 
     rollouts: Rollouts
-    groups: list[tuple[list[str], RewardHandle]]  # by prompt
+    groups: list[tuple[list[str], Scoring]]  # by prompt
 
     def wait(self) -> Scored:
         """Waits for the last verdict; most came in while other completions were still being decoded."""
         texts = [text for group, _ in self.groups for text in group]
-        verdicts = [verdict for _, handle in self.groups for verdict in handle.result()]
+        verdicts = [verdict for _, scoring in self.groups for verdict in scoring.result()]
+        others = [verdict for _, scoring in self.groups for verdict in scoring.other()]
         rewards = np.array([verdict.score for verdict in verdicts], np.float32).reshape(-1, self.rollouts.group_size)
-        return Scored(self.rollouts, rewards, texts, verdicts)
+        return Scored(self.rollouts, rewards, texts, verdicts, others)
 
 
 def sample(
@@ -59,22 +62,26 @@ def sample(
     prompts: Prompts,
     group_size: int,
     tokenizer: Tokenizer,
-    pool: RewardPool,
-    verifier: str,
+    scorer: Scorer,
+    *,
+    both_modes: bool = False,
     **draw: Any,
 ) -> BeingScored:
     """Completions of `prompts`; a group goes to the verifiers as soon as it is whole.
 
-    `draw` is passed on to `Sampler.generate`.
+    Args:
+      both_modes: for the hack meter: score them in the verifier's other mode too.
+      draw: passed on to `Sampler.generate`.
     """
-    groups: dict[int, tuple[list[str], RewardHandle]] = {}
+    groups: dict[int, tuple[list[str], Scoring]] = {}
 
     def submit(place: int, group: Rollouts) -> None:
         record = prompts.records[place]
         texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(group.tokens, group.lengths, strict=True)]
-        name = verifier_for(record.data_source, verifier)
-        items = [RewardItem(name, text, record.ground_truth, record.extra_info) for text in texts]
-        groups[place] = texts, pool.submit(items)
+        scoring = scorer.submit(
+            record.data_source, record.ground_truth, record.extra_info, texts, both_modes=both_modes
+        )
+        groups[place] = texts, scoring
 
     rollouts = sampler.generate(prompts, group_size, on_group=submit, **draw)
     return BeingScored(rollouts, [groups[place] for place in range(len(prompts))])
@@ -120,7 +127,6 @@ class Evaluation:
     def __init__(self, config: RunConfig, tokenizer: Tokenizer) -> None:
         """Raises ConfigError when the set cannot be read or no prompt fits `data.max_prompt_tokens`."""
         self._config: EvaluationConfig = config.evaluation
-        self._verifier = config.reward.name
         self._cap = config.evaluation.max_completion_tokens or config.sampling.max_completion_tokens
         records = read_records(self._config.data, split="eval", limit=self._config.max_prompts, seed=config.data.seed)
         records = with_system(records, config.data.system_prompt)
@@ -132,15 +138,14 @@ class Evaluation:
         self._prompts = stack_prompts(self._records, self._encoded, places, prompt_slots(self._encoded))
         self._tokenizer = tokenizer
 
-    def run(self, sampler: Sampler, pool: RewardPool, key: jax.Array, *, keep_rows: int = 4) -> EvaluationResult:
+    def run(self, sampler: Sampler, scorer: Scorer, key: jax.Array, *, keep_rows: int = 4) -> EvaluationResult:
         """Samples and scores every prompt. A draw depends on `key` and the prompt's place only."""
         scored = sample(
             sampler,
             self._prompts,
             self._config.samples_per_prompt,
             self._tokenizer,
-            pool,
-            self._verifier,
+            scorer,
             key=key,
             temperature=self._config.temperature,
             max_completion_tokens=self._cap,
