@@ -30,6 +30,6 @@ def test_a_recipe_is_accepted_and_changes_what_it_is_about(name: str) -> None:
         assert config.algorithm != AlgorithmConfig()
 
 
-def test_the_paper_is_the_default() -> None:
+def test_the_paper_is_the_default_but_for_its_verifiers() -> None:
     path = str(CONFIGS / "recipes" / "paper.yaml")
-    assert parse_config([path, "--data.train", "x"]) == parse_config(["--data.train", "x"])
+    assert parse_config([path, "--data.train", "x"]) == parse_config(["--data.train", "x", "--reward.mode", "paper"])
