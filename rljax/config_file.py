@@ -25,9 +25,7 @@ def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig
         off = tyro.conf.FlagConversionOff
         tyro.cli(RunConfig, args=["--help"], prog=prog, config=(off,), use_underscores=True)
     files, flags = _split_arguments(argv)
-    given: dict[str, Any] = {}
-    for file in files:
-        given |= {name: _read(name, value, where=f" in {file}") for name, value in _flatten(read_yaml(file)).items()}
+    given = _given([(read_yaml(file), f" in {file}") for file in files])
     for name, texts in flags:
         single = name in _KINDS and get_origin(_KINDS[name]) is not tuple
         if single and len(texts) != 1:
@@ -36,6 +34,27 @@ def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig
                 f"--{name} VALUE, or --{name}=TEXT where the text begins with dashes"
             )
         given[name] = _read(name, texts[0] if single else texts, prefix="--")
+    return _config(given)
+
+
+def config_of(trees: Sequence[tuple[Mapping[str, Any], str]]) -> RunConfig:
+    """Config of settings as YAML gives them, nested or by dotted name; of the trees, the last wins.
+
+    Args:
+      trees: each with the place it comes from, " in FILE", for messages.
+
+    Raises:
+      ConfigError: a name is no setting, a value is not of its kind, or together they contradict.
+    """
+    return _config(_given(trees))
+
+
+def _given(trees: Sequence[tuple[Mapping[str, Any], str]]) -> dict[str, Any]:
+    return {name: _read(name, value, where=where) for tree, where in trees for name, value in _flatten(tree).items()}
+
+
+def _config(given: Mapping[str, Any]) -> RunConfig:
+    """The defaults with the values `given` by dotted name."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in given.items():
         section, _, field = name.rpartition(".")
@@ -68,7 +87,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, li
     return files, flags
 
 
-def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """{"algorithm": {"group_size": 8}} -> {"algorithm.group_size": 8}; a mapping where a value belongs stays one."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():

@@ -23,7 +23,7 @@ LEVELS = [
 
 INSIDE = {
     "rljax.tokenizer": set(),
-    "rljax.scaling": {"config", "costs"},  # reads files, never live arrays
+    "rljax.scaling": {"config", "config_file", "costs"},  # reads files, never live arrays
 }
 """Stricter than the levels: what of rljax these may import at all, None for anything below."""
 
