@@ -31,6 +31,9 @@ TAIL_LINES = 15
 _GRACE_SECONDS = 30.0
 """For an interrupted run to end by itself."""
 
+_LOCK_SECONDS = 5.0
+"""For the run of a sweep that was just killed to be gone."""
+
 _START_READS = ("seed", "model", "data.train", "data.task_records", "data.seed", "sft", "optimizer", "lora")
 _START_REPLACES = ("sft.output", "optimizer.learning_rate", "optimizer.weight_decay")
 
@@ -165,7 +168,7 @@ def run_sweep(sweep: Sweep, show: Callable[[list[Status]], None]) -> list[Failur
                     continue
             _train(sweep, status, failures, lock, lambda: show(statuses))
             _merge(sweep)
-            show(statuses)
+        show(statuses)
         return failures
 
 
@@ -191,6 +194,7 @@ def _train(sweep: Sweep, status: Status, failures: list[Failure], lock: int, tic
         status.progress = progress_of(run.config.run_dir)
         tick()
 
+    look()
     failure = _execute(run.name, ["train", str(_config_file(run))], _log(sweep, run.name), lock, look)
     status.progress = progress_of(run.config.run_dir)
     status.outcome = "finished" if failure is None else "failed"
@@ -261,12 +265,18 @@ def _only_one(folder: Path) -> Iterator[int]:
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another sweep, or a run that one started, is at work in {folder}; wait until it has ended, or end it"
-            ) from None
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"another sweep, or a run that one started, is at work in {folder}; wait until it has ended, "
+                        "or end it"
+                    ) from None
+                time.sleep(0.1)
         yield file.fileno()
 
 

@@ -3,6 +3,7 @@ again, what failed is said and stops nothing, and runs of other settings are ref
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,12 @@ from rljax.scaling.grid import read_sweep
 from rljax.scaling.sweep import commands, run_sweep
 
 SETTINGS: dict[str, Any] = {
-    "steps": 8,
+    "steps": 6,
     "model": {"architecture": "tiny", "remat": "none"},
     "data": {
         "train": "task:char_count",
         "prompts_per_step": 4,
-        "unique": 32,
+        "unique": 24,
         "order": "shuffle",
         "max_prompt_tokens": 32,
         "task_records": 32,
@@ -71,27 +72,28 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_table_of_a_sweep(unbroken: Path) -> None:
     rows = table(unbroken)
     assert [(row["run"], row["size"], row["tau"], row["step"]) for row in rows] == [
-        (f"tau{tau}", "tiny", str(tau), str(step)) for tau in (1, 2) for step in range(9)
+        (f"tau{tau}", "tiny", str(tau), str(step)) for tau in (1, 2) for step in range(7)
     ]
-    assert {row["unique"] for row in rows[:9]} == {"32"} and {row["unique"] for row in rows[9:]} == {"16"}
-    last = rows[8]
-    assert (last["samples"], last["group_size"], last["order"], last["seed"]) == ("32", "4", "shuffle", "0")
+    assert {row["unique"] for row in rows[:7]} == {"24"} and {row["unique"] for row in rows[7:]} == {"12"}
+    last = rows[6]
+    assert (last["samples"], last["group_size"], last["order"], last["seed"]) == ("24", "4", "shuffle", "0")
     for name in ("flops", "full_flops", "full_flops_non_embedding", "tokens", "num_non_embedding_params"):
         assert float(last[name]) > 0
     assert float(last["full_flops_non_embedding"]) < float(last["full_flops"])
     # Both begin from the one warm start, with the same questions and draws.
-    assert rows[0]["test_loss"] == rows[9]["test_loss"]
+    assert rows[0]["test_loss"] == rows[7]["test_loss"]
     assert sorted(file.name for file in (unbroken / "out" / "starts").iterdir()) == ["start", "start.yaml"]
 
 
 def test_a_sweep_killed_in_the_middle_of_a_run_gives_the_same_table(unbroken: Path, tmp_path: Path) -> None:
     file = write(tmp_path)
     run = tmp_path / "out" / "runs" / "tau1"
+    shutil.copytree(unbroken / "out" / "starts", tmp_path / "out" / "starts")  # saves the time to make it again
     process = subprocess.Popen(
         [sys.executable, "-m", "rljax.cli", "sweep", str(file)], start_new_session=True, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 240
-    while not (run / "checkpoints" / "4").is_dir():
+    while not (run / "checkpoints" / "2").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
@@ -110,7 +112,7 @@ def test_what_is_finished_is_not_done_again(unbroken: Path, capsys: pytest.Captu
     assert main(["sweep", str(unbroken / "sweep.yaml")]) == 0
     assert made(unbroken) == before and table(unbroken) == rows
     said = capsys.readouterr().out
-    assert "2 of 2 runs finished" in said and "8/8" in said and "curves.csv" in said
+    assert "2 of 2 runs finished" in said and "6/6" in said and "curves.csv" in said
 
 
 def test_other_settings_than_those_of_a_run_are_refused(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
