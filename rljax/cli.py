@@ -161,18 +161,21 @@ def reward_parser() -> argparse.ArgumentParser:
 
 def _sweep(argv: list[str]) -> None:
     """Many runs and one table of their curves; finished ones are skipped   SWEEP.yaml [--print]"""
+    from rljax.scaling import grid
+
     parser = _Parser(
         prog="rljax sweep",
-        description="Does the runs of a sweep file that are not finished, one after the other; a run that was stopped "
-        "resumes from its checkpoint, one that fails stops no other. Keys of the file: rljax/scaling/grid.py.",
+        description="Does the runs of a sweep file that are not finished, one after the other;\na run that was stopped "
+        "resumes from its checkpoint, one that fails stops no other.",
+        epilog=grid.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="SWEEP.yaml")
     parser.add_argument("--print", action="store_true", help="do nothing but list the commands, for other machines")
     given = parser.parse_args(argv)
-    from rljax.scaling.grid import read_sweep
     from rljax.scaling.sweep import commands, run_sweep
 
-    sweep = read_sweep(given.file)
+    sweep = grid.read_sweep(given.file)
     if given.print:
         print("\n".join(commands(sweep)))
         return
@@ -187,7 +190,8 @@ def _sweep(argv: list[str]) -> None:
         failures = run_sweep(sweep, lambda statuses: live.update(_sweep_table(statuses), refresh=True))
     for failure in failures:
         print(f"\n{failure.name}: exit code {failure.exit_code}; the end of {failure.log}:\n{failure.tail}")
-    console.print(f"curves: {sweep.folder / 'curves.csv'}", soft_wrap=True, highlight=False)
+    if (curves := sweep.folder / "curves.csv").is_file():
+        console.print(f"curves: {curves}", soft_wrap=True, highlight=False)
     if failures:
         raise SystemExit(1)
 

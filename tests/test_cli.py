@@ -166,7 +166,7 @@ def test_help_lists_every_field(name: str, capsys: pytest.CaptureFixture[str]) -
         assert not missing
 
 
-@pytest.mark.parametrize("name", ["convert", "report", "reward"])
+@pytest.mark.parametrize("name", ["convert", "report", "reward", "sweep"])
 def test_help_of_the_others(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     said = capsys.readouterr()

@@ -80,7 +80,14 @@ def test_an_upward_import_is_caught() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["convert", "--help"], ["data", "--help"], ["data", "inspect", "--help"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["convert", "--help"],
+        ["sweep", "--help"],
+        ["data", "--help"],
+        ["data", "inspect", "--help"],
+    ],
 )
 def test_help_imports_no_jax(arguments: list[str]) -> None:
     code = (

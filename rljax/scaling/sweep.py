@@ -206,7 +206,7 @@ def _execute(name: str, arguments: list[str], log: Path, lock: int, tick: Callab
     """Runs a subcommand in a process of its own and waits; what it says is added to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     begin = log.stat().st_size if log.is_file() else 0
-    logger.info("%s: begins, says how it goes in %s", name, log)
+    logger.info("%s: begins; its log is %s", name, log)
     started = time.perf_counter()
     with log.open("ab") as out:
         process = subprocess.Popen(
