@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, NoReturn
 from rljax.config import ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from rljax.evaluate.predictions import SetResult
+    from rljax.scaling.sweep import Status
 
 USAGE_ERROR = 64
 """Exit code of input that cannot be used; a launcher must not try it again."""
@@ -156,6 +159,63 @@ def reward_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sweep(argv: list[str]) -> None:
+    """Many runs and one table of their curves; finished ones are skipped   SWEEP.yaml [--print]"""
+    from rljax.scaling import grid
+
+    parser = _Parser(
+        prog="rljax sweep",
+        description="Does the runs of a sweep file that are not finished, one after the other;\na run that was stopped "
+        "resumes from its checkpoint, one that fails stops no other.",
+        epilog=grid.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="SWEEP.yaml")
+    parser.add_argument("--print", action="store_true", help="do nothing but list the commands, for other machines")
+    given = parser.parse_args(argv)
+    from rljax.scaling.sweep import commands, run_sweep
+
+    sweep = grid.read_sweep(given.file)
+    if given.print:
+        print("\n".join(commands(sweep)))
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:  # there the table is live, and lines would tear it
+        _log_to_stdout()
+    # Elsewhere than on a terminal, rich shows nothing but the last state.
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        failures = run_sweep(sweep, lambda statuses: live.update(_sweep_table(statuses), refresh=True))
+    for failure in failures:
+        print(f"\n{failure.name}: exit code {failure.exit_code}; the end of {failure.log}:\n{failure.tail}")
+    if (curves := sweep.folder / "curves.csv").is_file():
+        console.print(f"curves: {curves}", soft_wrap=True, highlight=False)
+    if failures:
+        raise SystemExit(1)
+
+
+def _sweep_table(statuses: "Sequence[Status]") -> "Table":
+    from rich.table import Table
+
+    finished = sum(status.outcome == "finished" for status in statuses)
+    table = Table(caption=f"{finished} of {len(statuses)} runs finished")
+    table.add_column("run")
+    for title in ("state", "step", "pass@1", "accelerator-s"):
+        table.add_column(title, justify="right")
+    for status in statuses:
+        done, steps = status.progress, status.run.config.steps
+        table.add_row(
+            status.run.name,
+            status.outcome,
+            (f"{done.step}/{steps}" if steps else f"{done.step}") if done.step >= 0 else "",
+            f"{done.first:.3f} -> {done.last:.3f}" if done.first is not None else "",
+            f"{done.accelerator_seconds:,.0f}" if done.accelerator_seconds else "",
+        )
+    return table
+
+
 def _report(argv: list[str]) -> None:
     """One self-contained HTML page of a run folder   RUN_DIR"""
     if len(argv) != 1 or argv[0].startswith("-"):
@@ -239,6 +299,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "reward": _reward,
     "convert": _convert,
+    "sweep": _sweep,
     "report": _report,
     "data": _data,
 }
@@ -266,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, when it has been printed
         return 0 if stop.code in (None, 0) else 1
     except KeyboardInterrupt:
-        resumes = "; the same command resumes from the last checkpoint" if name == "train" else ""
+        resumes = "; the same command resumes from the last checkpoint" if name in ("train", "sweep") else ""
         print(f"interrupted{resumes}", file=sys.stderr)
         return 130
     except Exception as error:

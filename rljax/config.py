@@ -59,6 +59,11 @@ def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, tied: 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "tiny": _qwen25(128, 4, 4, 2, 32, 256, 64, True),
+    "ladder-18k": _qwen25(32, 2, 2, 1, 16, 64, 64, True),
+    "ladder-60k": _qwen25(48, 3, 3, 1, 16, 96, 64, True),
+    "ladder-200k": _qwen25(64, 4, 4, 2, 16, 192, 64, True),
+    "ladder-1.3m": _qwen25(192, 4, 6, 2, 32, 384, 64, True),
+    "ladder-2.8m": _qwen25(256, 4, 8, 2, 32, 704, 64, True),
     "qwen2.5-0.5b": _qwen25(896, 24, 14, 2, 64, 4864, 151936, True),
     "qwen2.5-1.5b": _qwen25(1536, 28, 12, 2, 128, 8960, 151936, True),
     "qwen2.5-3b": _qwen25(2048, 36, 16, 2, 128, 11008, 151936, True),
@@ -76,7 +81,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         576, 30, 9, 3, 64, 1536, 49152, True, qkv_bias=False, rope_theta=1e5, rms_norm_eps=1e-5
     ),
 }
-"""Known shapes by name. The seven Qwen2.5 sizes are the paper's; base and instruct share a shape."""
+"""Known shapes by name. The seven Qwen2.5 sizes are the paper's; base and instruct share a shape. The sizes of the
+ladder, to which `tiny` belongs, are for the procedural tasks; their names are their non-embedding parameters."""
 
 NOMINAL_PARAMS: dict[str, float] = {
     "qwen2.5-0.5b": 0.5e9,

@@ -5,7 +5,7 @@ Resolution order: dataclass defaults, then each YAML file left to right, then `-
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -25,9 +25,7 @@ def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig
         off = tyro.conf.FlagConversionOff
         tyro.cli(RunConfig, args=["--help"], prog=prog, config=(off,), use_underscores=True)
     files, flags = _split_arguments(argv)
-    given: dict[str, Any] = {}
-    for file in files:
-        given |= {name: _read(name, value, where=f" in {file}") for name, value in _flatten(read_yaml(file)).items()}
+    given = _given([(read_yaml(file), f" in {file}") for file in files])
     for name, texts in flags:
         single = name in _KINDS and get_origin(_KINDS[name]) is not tuple
         if single and len(texts) != 1:
@@ -36,6 +34,27 @@ def parse_config(argv: Sequence[str], *, prog: str = "rljax train") -> RunConfig
                 f"--{name} VALUE, or --{name}=TEXT where the text begins with dashes"
             )
         given[name] = _read(name, texts[0] if single else texts, prefix="--")
+    return _config(given)
+
+
+def config_of(trees: Sequence[tuple[Mapping[str, Any], str]]) -> RunConfig:
+    """Config of settings as YAML gives them, nested or by dotted name; of the trees, the last wins.
+
+    Args:
+      trees: each with the place it comes from, " in FILE", for messages.
+
+    Raises:
+      ConfigError: a name is no setting, a value is not of its kind, or together they contradict.
+    """
+    return _config(_given(trees))
+
+
+def _given(trees: Sequence[tuple[Mapping[str, Any], str]]) -> dict[str, Any]:
+    return {name: _read(name, value, where=where) for tree, where in trees for name, value in _flatten(tree).items()}
+
+
+def _config(given: Mapping[str, Any]) -> RunConfig:
+    """The defaults with the values `given` by dotted name."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in given.items():
         section, _, field = name.rpartition(".")
@@ -68,7 +87,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, li
     return files, flags
 
 
-def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """{"algorithm": {"group_size": 8}} -> {"algorithm.group_size": 8}; a mapping where a value belongs stays one."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -203,3 +222,56 @@ def dump_config(config: RunConfig) -> str:
         section, _, field = name.rpartition(".")
         tree[section][field] = ""
     return "".join(comments) + yaml.safe_dump(tree, sort_keys=False)
+
+
+# ------------------------------------------------------------------------------------------------- what may change
+
+_MAY_CHANGE = (
+    # Where a run is written, how long it goes on, what is seen of it.
+    *("run_dir", "steps", "logging", "checkpoint", "evaluation.every", "sample"),
+    # Where and in which portions the same thing is computed: other devices, less memory.
+    *("mesh", "model.remat", "algorithm.microbatch_tokens"),
+    *("sampling.chunk_tokens", "sampling.cache_growth", "sampling.compact", "sampling.refill", "sampling.max_rows"),
+    "reward.workers",
+)
+"""Fields, or whole sections, that a continued run may give anew; `config_differences` has the one exception."""
+
+
+def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """`data.seed: 0 -> 1` for each field that changes what is computed; both are nested dicts of a RunConfig."""
+    old, new = _dotted(saved), _dotted(current)
+    fixed = set()
+    if new.get("algorithm.aggregation") == "micro_batch_token_mean":  # how updates are split is part of this loss
+        fixed.add("algorithm.microbatch_tokens")
+    lines = []
+    for name in [*new, *(name for name in old if name not in new)]:
+        if name not in fixed and any(name == free or name.startswith(f"{free}.") for free in _MAY_CHANGE):
+            continue
+        before, after = (side.get(name, "absent") for side in (old, new))
+        if before != after:
+            lines.append(f"{name}: {before} -> {after}")
+    return lines
+
+
+def require_same_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuses to continue a run as another one.
+
+    Raises:
+      ConfigError: a field that changes what is computed differs; lists them all.
+    """
+    differences = config_differences(saved, current)
+    if differences:
+        raise ConfigError(
+            f"run_dir = {current['run_dir']} holds a checkpoint of another configuration (saved -> now): "
+            f"{'; '.join(differences)}. To continue it, give the saved values; to start anew, give another run_dir"
+        )
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _dotted(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

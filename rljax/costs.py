@@ -4,6 +4,7 @@ Letters as in `config.Architecture`: L layers, D hidden_size, N query heads, K k
 V vocab_size. A multiply-add counts 2 FLOPs; norms, rotary embeddings, softmax and the embedding gather count nothing.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,8 +74,36 @@ def group_tokens(prompt_lengths: np.ndarray, completion_lengths: np.ndarray) -> 
     return int(prompts.sum() + lengths.sum()), context, int(lengths.sum())
 
 
-def forward_flops(arch: Architecture, tokens: int, context_sum: int, logit_tokens: int) -> int:
-    """2 matmul_params tokens + 4 L N H context_sum + 2 D V logit_tokens.
+@dataclasses.dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of some passes through a model, by what they are spent on."""
+
+    layers: int = 0
+    """Matmuls of the layers: 2 `matmul_params` of each token."""
+    attention: int = 0
+    """Scores and values: what grows with the square of the length."""
+    head: int = 0
+    """Logits, with the embedding table or a head of its own."""
+
+    def __add__(self, other: "FlopCount") -> "FlopCount":
+        return FlopCount(self.layers + other.layers, self.attention + other.attention, self.head + other.head)
+
+    def __mul__(self, passes: int) -> "FlopCount":
+        return FlopCount(self.layers * passes, self.attention * passes, self.head * passes)
+
+    @property
+    def non_embedding(self) -> int:
+        """Without the head: what N stands for where embeddings are not counted."""
+        return self.layers + self.attention
+
+    @property
+    def total(self) -> int:
+        """With the head. The gather of an embedding costs nothing, so an untied table is in neither."""
+        return self.layers + self.attention + self.head
+
+
+def forward_count(arch: Architecture, tokens: int, context_sum: int, logit_tokens: int) -> FlopCount:
+    """2 matmul_params tokens, 4 L N H context_sum and 2 D V logit_tokens.
 
     Args:
       tokens: tokens through the layers.
@@ -82,12 +111,25 @@ def forward_flops(arch: Architecture, tokens: int, context_sum: int, logit_token
         2 N H for the value.
       logit_tokens: tokens of which logits are taken.
     """
-    attention = 4 * arch.num_layers * arch.num_heads * arch.head_dim * context_sum
-    return 2 * matmul_params(arch) * tokens + attention + 2 * head_params(arch) * logit_tokens
+    return FlopCount(
+        layers=2 * matmul_params(arch) * tokens,
+        attention=4 * arch.num_layers * arch.num_heads * arch.head_dim * context_sum,
+        head=2 * head_params(arch) * logit_tokens,
+    )
+
+
+def forward_flops(arch: Architecture, tokens: int, context_sum: int, logit_tokens: int) -> int:
+    """All of `forward_count`."""
+    return forward_count(arch, tokens, context_sum, logit_tokens).total
 
 
 def generation_flops(arch: Architecture, prompt_lengths: np.ndarray, completion_lengths: np.ndarray) -> int:
-    """Forward FLOPs of sampling: each prompt is prefilled once, then shared by its completions.
+    """All of `generation_count`."""
+    return generation_count(arch, prompt_lengths, completion_lengths).total
+
+
+def generation_count(arch: Architecture, prompt_lengths: np.ndarray, completion_lengths: np.ndarray) -> FlopCount:
+    """Of sampling, forward only: each prompt is prefilled once, then shared by its completions.
 
     The first token of a completion is drawn from the prompt's last position (one row of logits for the group) and its
     last token is never fed back: a completion of c tokens feeds c - 1, the k-th attending to p + k keys, each with its
@@ -101,7 +143,7 @@ def generation_flops(arch: Architecture, prompt_lengths: np.ndarray, completion_
     fed = np.asarray(completion_lengths, np.int64).reshape(len(prompts), -1) - 1
     context = causal_context_sum(prompts) + int(np.sum(fed * prompts[:, None])) + causal_context_sum(fed)
     tokens = int(prompts.sum() + fed.sum())
-    return forward_flops(arch, tokens, context, logit_tokens=int(fed.sum()) + len(prompts))
+    return forward_count(arch, tokens, context, logit_tokens=int(fed.sum()) + len(prompts))
 
 
 def update_flops(arch: Architecture, tokens: int, context_sum: int, logit_tokens: int, *, remat: str = "none") -> int:

@@ -216,7 +216,7 @@ class CurveRow:
     samples: int
     """Prompts consumed so far."""
     flops: float
-    """Training compute so far."""
+    """Training compute so far as the paper counts it: 6 num_params tokens."""
     tokens: float
     test_loss: float
     """1 - pass@1."""
@@ -226,6 +226,16 @@ class CurveRow:
     eval: str | None = None
     """Which held-out set."""
     seed: int | None = None
+    order: str | None = None
+    """`data.order`."""
+    num_non_embedding_params: int | None = None
+    num_total_params: int | None = None
+    full_flops: float | None = None
+    """All computed so far: sampling, rescoring by policy and reference, updates; attention and head included."""
+    full_flops_non_embedding: float | None = None
+    """The same without the head."""
+    accelerator_seconds: float | None = None
+    """Devices x seconds of the steps so far, without evaluation and checkpoints."""
 
 
 CURVE_COLUMNS = tuple(field.name for field in dataclasses.fields(CurveRow))

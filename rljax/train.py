@@ -5,6 +5,7 @@ a function of (state, prompts, seed, step), so a run stopped anywhere and starte
 """
 
 import dataclasses
+import json
 import logging
 import platform
 import time
@@ -16,10 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.checkpoint import CheckpointStore, require_same_config
+from rljax.checkpoint import CheckpointStore
 from rljax.config import ARCHITECTURES, ConfigError, RunConfig
-from rljax.config_file import dump_config
-from rljax.costs import flops_utilisation, paper_flops, scaling_params
+from rljax.config_file import dump_config, require_same_config
+from rljax.costs import (
+    FlopCount,
+    flops_utilisation,
+    generation_count,
+    num_non_embedding_params,
+    num_params,
+    paper_flops,
+    scaling_params,
+)
 from rljax.data.pipeline import PromptPipeline, open_pipeline
 from rljax.data.records import read_records
 from rljax.data.reuse import steps_for
@@ -35,6 +44,7 @@ from rljax.rl.advantages import group_advantages, groups_to_train_on, has_spread
 from rljax.rl.learner import (
     Learner,
     checkpoint_shapes,
+    flop_metrics,
     fresh_state,
     group_metrics,
     reference_copy,
@@ -54,6 +64,10 @@ _TRAIN_DRAWS, _EVALUATION_DRAWS = 1, 2
 """Folded into the run's key, so that training and evaluation never share a draw."""
 
 
+FINISHED = "finished.json"
+"""In a run folder: the run of its config.yaml came to its end."""
+
+
 @dataclasses.dataclass
 class Counters:
     """What a run has consumed; saved with every checkpoint."""
@@ -66,6 +80,10 @@ class Counters:
     """The same of everything sampled."""
     flops: float = 0.0
     """6 N tokens trained on, the paper's measure."""
+    full_flops: float = 0.0
+    """What sampling, rescoring and updates computed, attention and head included."""
+    full_flops_non_embedding: float = 0.0
+    """The same without the head."""
 
 
 @dataclasses.dataclass
@@ -83,6 +101,8 @@ class Run:
     store: CheckpointStore | None
     sink: MetricSink
     counters: Counters
+    accelerator_seconds: float
+    """Devices x seconds of all steps so far. Not among the counters: those come out the same again."""
     first_step: int
     """0, or the step of the checkpoint the run resumes from."""
     key: jax.Array
@@ -132,6 +152,8 @@ def train(config: RunConfig, *, reward: RewardFunction | None = None) -> dict[st
             run.sink.close()
             if run.store is not None:
                 run.store.close()
+    if jax.process_index() == 0:
+        (Path(config.run_dir) / FINISHED).write_text(json.dumps({"step": last_step}) + "\n")
     logger.info("%d steps in %.0f s", last_step - run.first_step, time.perf_counter() - started)
     return run_summary(config.run_dir, last_step)
 
@@ -215,14 +237,14 @@ def _open_run(
     shapes = state_shapes(policy.trained_shapes, config.optimizer, policy.mesh)
     folder = Path(config.run_dir)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep) if config.checkpoint.every else None
-    counters, first_step, reference = Counters(), 0, None
+    counters, seconds, first_step, reference = Counters(), 0.0, 0, None
     algorithm = config.algorithm
     base, with_kl = policy.load_base(config.seed), algorithm.kl_coefficient > 0
     if store is not None and store.latest_step() is not None:
         saved, host, first_step = store.restore(checkpoint_shapes(shapes, config.algorithm, policy.compute_dtype))
         require_same_config(host["config"], dataclasses.asdict(config))
         pipeline.set_state(host["data"])
-        counters = Counters(**host["counters"])
+        counters, seconds = Counters(**host["counters"]), host["accelerator_seconds"]
         logger.info("resuming %s after step %d", config.run_dir, first_step)
         reference = saved.pop("reference", None)
         state = TrainState(**saved)
@@ -250,6 +272,7 @@ def _open_run(
     ).rung
     config = _with_remat(config, remat)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FINISHED).unlink(missing_ok=True)  # first: it would speak of what the next line replaces
     (folder / "config.yaml").write_text(dump_config(config))
     compute = Compute(policy.compute_dtype, remat, config.sampling.temperature, lora_scale=config.lora.scale)
     learner = Learner(
@@ -274,6 +297,7 @@ def _open_run(
             resume_step=first_step if first_step else None,
         ),
         counters=counters,
+        accelerator_seconds=seconds,
         first_step=first_step,
         key=jax.random.key(config.seed),
     )
@@ -344,18 +368,20 @@ def _collect(run: Run, timer: PhaseTimer) -> Collected:
 
 def _step(run: Run, step: int) -> dict[str, float]:
     """One step; returns its metrics as floats: of rewards and completions, those of everything sampled."""
-    config, timer = run.config, PhaseTimer()
+    config, timer, started = run.config, PhaseTimer(), time.perf_counter()
     with timer("step"):
         collected = _collect(run, timer)
         sampled, rollouts = collected.sampled, collected.rollouts
         with timer("update"):
             advantages, penalty = _advantages(run, rollouts, collected.rewards)
-            metrics = to_floats(merge(run.learner.step(rollouts, advantages), penalty))
+            generation = flop_metrics(generation=_generation(run, sampled.rollouts))
+            metrics = to_floats(merge(merge(run.learner.step(rollouts, advantages), penalty), generation))
             run.learner.move_reference(step)
         with timer("sync"):
             run.sampler.sync(run.learner.params)
             run.sampler.block_until_ready()
-        _count(run, sampled.rollouts, rollouts)
+        _count(run, sampled.rollouts, rollouts, metrics)
+        run.accelerator_seconds += (time.perf_counter() - started) * run.policy.mesh.size
         is_last = step == run.num_steps or run.pipeline.is_exhausted
         if run.evaluation is not None and (is_last or _is_due(step, config.evaluation.every)):
             with timer("evaluate"):
@@ -379,6 +405,9 @@ def _step(run: Run, step: int) -> dict[str, float]:
         "progress/tokens": run.counters.tokens,
         "progress/sampled_tokens": run.counters.sampled_tokens,
         "progress/compute_flops": run.counters.flops,
+        "progress/full_flops": run.counters.full_flops,
+        "progress/full_flops_non_embedding": run.counters.full_flops_non_embedding,
+        "progress/accelerator_seconds": run.accelerator_seconds,
         **memory_gib(),
         **seconds,
     }
@@ -440,7 +469,16 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _count(run: Run, sampled: Rollouts, trained: Rollouts) -> None:
+def _generation(run: Run, sampled: Rollouts) -> FlopCount:
+    lengths = sampled.lengths.reshape(len(sampled.prompts), sampled.group_size)
+    return generation_count(run.policy.arch, sampled.prompts.lengths, lengths)
+
+
+def _count(run: Run, sampled: Rollouts, trained: Rollouts, metrics: dict[str, float]) -> None:
+    """Adds a step to the counters; `metrics` are of its learner and sampler, as floats."""
+    full = metrics["compute/generation_flops"] + metrics["learner/model_flops"]
+    run.counters.full_flops += full
+    run.counters.full_flops_non_embedding += full - metrics["compute/head_flops"]
     run.counters.samples += len(sampled.prompts)
     run.counters.tokens += _tokens(trained)
     run.counters.sampled_tokens += _tokens(sampled)
@@ -478,6 +516,12 @@ def _evaluate(run: Run, step: int) -> EvaluationResult:
             group_size=config.algorithm.group_size,
             eval=config.evaluation.data,
             seed=config.seed,
+            order=config.data.order,
+            num_non_embedding_params=num_non_embedding_params(run.policy.arch),
+            num_total_params=num_params(run.policy.arch),
+            full_flops=run.counters.full_flops,
+            full_flops_non_embedding=run.counters.full_flops_non_embedding,
+            accelerator_seconds=run.accelerator_seconds,
         )
     )
     return result
@@ -499,5 +543,6 @@ def _host_state(run: Run) -> dict[str, Any]:
         "data": run.pipeline.get_state(),
         "exposures": run.pipeline.exposures().tolist(),  # follows from "data"; there to be read
         "counters": dataclasses.asdict(run.counters),
+        "accelerator_seconds": run.accelerator_seconds,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
     }

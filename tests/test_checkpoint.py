@@ -18,8 +18,9 @@ import optax
 import pytest
 from orbax.checkpoint.experimental.v1._src.handlers import json_handler
 
-from rljax.checkpoint import CheckpointStore, _sha256, config_differences, digests, require_same_config
+from rljax.checkpoint import CheckpointStore, _sha256, digests
 from rljax.config import AlgorithmConfig, ConfigError, RunConfig
+from rljax.config_file import config_differences, require_same_config
 from rljax.types import TrainState
 
 # A failed load or save leaves coroutines and TensorStore futures of Orbax behind, which complain when collected: that

@@ -22,6 +22,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from rljax import costs
 from rljax.checkpoint import CheckpointStore
 from rljax.cli import COMMANDS, USAGE_ERROR, main
 from rljax.config import ARCHITECTURES, ConfigError, ModelConfig, RunConfig
@@ -165,7 +166,7 @@ def test_help_lists_every_field(name: str, capsys: pytest.CaptureFixture[str]) -
         assert not missing
 
 
-@pytest.mark.parametrize("name", ["convert", "report", "reward"])
+@pytest.mark.parametrize("name", ["convert", "report", "reward", "sweep"])
 def test_help_of_the_others(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     said = capsys.readouterr()
@@ -495,12 +496,14 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def repeatable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics without those that a clock or the operating system gives."""
-    measured = ("time/", "memory/", "throughput/", "timing_s/", "perf/")
+    measured = ("time/", "memory/", "throughput/", "timing_s/", "perf/", "progress/accelerator_seconds")
     return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows]
 
 
 def curve_of(run: Path) -> list[dict[str, Any]]:
-    return list(csv.DictReader((run / "curves.csv").read_text().splitlines()))
+    """Rows of curves.csv without what a clock gives."""
+    rows = csv.DictReader((run / "curves.csv").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name != "accelerator_seconds"} for row in rows]
 
 
 def state_of(run: Path) -> tuple[Any, dict[str, Any], int]:
@@ -548,6 +551,44 @@ def test_a_run_folder_holds_what_it_should(stopped: Path, place: Place) -> None:
     ]
     assert (stopped / "report.html").read_text().startswith("<!doctype html>")
     assert (stopped / "checkpoints" / "2").is_dir()
+
+
+def test_the_compute_of_a_run_is_that_of_its_parts(stopped: Path) -> None:
+    """Once 6 N tokens, and once all that was computed: sampling, rescoring by policy and reference, and updates."""
+    policy = open_policy(parse_config([str(stopped / "config.yaml")]))
+    size = costs.num_params(policy.arch)
+    full = without_head = seconds = 0.0
+    for row, curve in zip(metrics_of(stopped)[1:], curve_of(stopped)[1:], strict=True):
+        phases = [row[f"compute/{phase}_flops"] for phase in ("generation", "old_logprobs", "reference", "update")]
+        generation, old, reference, update = phases
+        assert 0 < generation < old == reference == update / 3  # the last token of a completion is never fed
+        assert row["learner/model_flops"] == old + reference + update
+        assert 0 < row["compute/attention_flops"] < sum(phases) - row["compute/head_flops"]
+        full, without_head = full + sum(phases), without_head + sum(phases) - row["compute/head_flops"]
+        assert row["progress/compute_flops"] == 6 * size * row["progress/tokens"] == float(curve["flops"])
+        assert (row["progress/full_flops"], row["progress/full_flops_non_embedding"]) == (full, without_head)
+        assert (float(curve["full_flops"]), float(curve["full_flops_non_embedding"])) == (full, without_head)
+        assert float(curve["num_params"]) == int(curve["num_total_params"]) == size
+        assert int(curve["num_non_embedding_params"]) == costs.num_non_embedding_params(policy.arch)
+        assert curve["order"] == "shuffle"
+        worked = row["time/step_seconds"] - row["time/evaluate_seconds"] - row.get("time/checkpoint_seconds", 0.0)
+        assert row["progress/accelerator_seconds"] - seconds == pytest.approx(worked, abs=0.05)  # of one device
+        seconds = row["progress/accelerator_seconds"]
+
+
+def test_accelerator_seconds_go_on_after_a_resume(stopped: Path, resumed: Path) -> None:
+    seconds = [row["progress/accelerator_seconds"] for row in metrics_of(resumed)[1:]]
+    assert seconds[1] == metrics_of(stopped)[2]["progress/accelerator_seconds"]
+    assert seconds == sorted(seconds) and len(set(seconds)) == 4
+
+
+def test_a_run_says_that_it_is_finished(stopped: Path, resumed: Path, place: Place) -> None:
+    assert json.loads((stopped / "finished.json").read_text()) == {"step": 2}
+    assert json.loads((resumed / "finished.json").read_text()) == {"step": 4}
+    again = Path(shutil.copytree(stopped, place.root / "fails_later"))
+    flags = ("--evaluation.max_prompts", "5")  # refused: it has a checkpoint
+    assert main(place.train("--run_dir", str(again), "--steps", "4", *flags)) == USAGE_ERROR
+    assert (again / "finished.json").is_file()
 
 
 def test_what_is_finished_is_not_done_again(stopped: Path, place: Place, capsys: pytest.CaptureFixture[str]) -> None:

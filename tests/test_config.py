@@ -22,7 +22,11 @@ from rljax.config import (
 )
 from rljax.config_file import _KINDS, _REQUIRED, dump_config, parse_config
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    file
+    for file in (Path(__file__).resolve().parents[1] / "configs").rglob("*.yaml")
+    if file.parent.name != "scaling"  # sweep files: tests/scaling/test_ladder.py
+)
 
 
 def parse_text(tmp_path: Path, *texts: str, flags: tuple[str, ...] = ()) -> RunConfig:

@@ -71,6 +71,24 @@ def test_generation_is_a_prefill_and_single_steps():
     assert costs.generation_flops(SMALL, prompts, completions.reshape(-1)) == expected
 
 
+def test_flops_by_what_they_are_spent_on():
+    count = costs.forward_count(SMALL, 5, 9, 2)
+    assert (count.layers, count.attention, count.head) == (2 * 168 * 5, 32 * 9, 2 * 20 * 2)
+    assert count.non_embedding == 2 * 168 * 5 + 32 * 9 and count.total == count.non_embedding + 80
+    assert count * 3 + costs.FlopCount(head=1) == costs.FlopCount(3 * 1680, 3 * 288, 241)
+    # A prompt of 3, completions of 4 and 1: 3 + 3 tokens fed, 6 + (3 * 3 + 1 + 2 + 3) keys, 1 + 3 rows of logits.
+    assert costs.generation_count(SMALL, np.array([3]), np.array([[4, 1]])) == costs.forward_count(SMALL, 6, 21, 4)
+
+
+def test_the_full_count_of_the_paper_is_about_twice_its_own():
+    """2 N to sample, 2 N for the old, 2 N for the reference log-prob and 6 N to train: 12 N a token, by the layers."""
+    arch, tokens = ARCHITECTURES["qwen2.5-7b"], 4_000_000
+    forward = costs.forward_count(arch, tokens, 0, tokens)
+    full = forward + forward * 2 + forward * 3
+    assert full.layers == pytest.approx(12 * costs.num_non_embedding_params(arch) * tokens, rel=1e-4)
+    assert full.total == pytest.approx(2 * costs.paper_flops(7e9, tokens), rel=0.02)
+
+
 def test_kept_activations_by_hand():
     # D 4, N H 4, K H 2, F 3, N 2, bfloat16
     assert costs.kept_bytes_per_token(SMALL, "bfloat16", "full", scores=0) == 2 * 4

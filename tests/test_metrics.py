@@ -120,8 +120,11 @@ def test_resume_cuts_what_was_written_beyond_the_checkpoint(tmp_path):
     write(range(4, 8), 3)
     assert [row["step"] for row in _lines(tmp_path / "metrics.jsonl")] == list(range(8))
     curves = (tmp_path / "curves.csv").read_text().splitlines()
-    assert curves[0] == "run,source,num_params,step,samples,flops,tokens,test_loss,unique,repeats,group_size,eval,seed"
-    assert curves[1] == "r,rljax,500000000.0,0,0,0.0,0.0,0.5,,,,,3"
+    assert curves[0] == (
+        "run,source,num_params,step,samples,flops,tokens,test_loss,unique,repeats,group_size,eval,seed,order,"
+        "num_non_embedding_params,num_total_params,full_flops,full_flops_non_embedding,accelerator_seconds"
+    )
+    assert curves[1] == "r,rljax,500000000.0,0,0,0.0,0.0,0.5,,,,,3,,,,,,"
     assert [line.split(",")[3] for line in curves[1:]] == [str(step) for step in range(8)]
     assert sorted(f.name for f in (tmp_path / "rollouts").iterdir()) == [f"step_{s:06d}.jsonl" for s in range(8)]
     write([0], None)  # no checkpoint: a fresh start

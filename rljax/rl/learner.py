@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
-from rljax.costs import forward_flops, group_tokens, update_flops
+from rljax.costs import FlopCount, forward_count, group_tokens
 from rljax.mesh import microbatch_sharding, num_row_shards, replicated
 from rljax.metrics import Metric, Sum, WeightedMean, merge
 from rljax.models.lora import attach
@@ -116,7 +116,7 @@ class UpdateRows:
     batch: TrainBatch  # [M, b, T] leaves
     num_microbatches: np.ndarray  # [] int32, those in use
     packing: Packing
-    forward_flops: int  # of scoring it once
+    forward: FlopCount  # of scoring it once
     metrics: dict[str, Metric]
 
 
@@ -254,11 +254,9 @@ class Learner:
         kl = np.asarray(kl_of(gap, self.algorithm.kl_estimator), np.float64)
         total = kl.sum(axis=1).reshape(-1, rollouts.group_size)  # both are 0 after the end, and so is an estimate of 0
         passes = 2 if self.algorithm.old_logprobs == "recompute" else 1
-        once = forward_flops(self.arch, *group_tokens(rollouts.prompts.lengths, rollouts.lengths.reshape(total.shape)))
-        metrics: dict[str, Metric] = {
-            "policy/reference_kl": WeightedMean(total.sum(), rollouts.lengths.sum()),
-            "learner/model_flops": Sum(float(passes * once)),
-        }
+        once = forward_count(self.arch, *group_tokens(rollouts.prompts.lengths, rollouts.lengths.reshape(total.shape)))
+        metrics: dict[str, Metric] = {"policy/reference_kl": WeightedMean(total.sum(), rollouts.lengths.sum())}
+        metrics |= _learner_flops(reference=once, old_logprobs=once * (passes - 1))
         return self.algorithm.kl_coefficient * total, metrics
 
     def _parts(self, rollouts: Rollouts, advantages: np.ndarray) -> list[tuple[Rollouts, np.ndarray]]:
@@ -279,16 +277,16 @@ class Learner:
         packing = pack(left.prompts.lengths, lengths[kept], shape.positions)
         batch, in_use = microbatches(train_batch(left, advantages[kept], weights[kept], packing), shape)
         slots = in_use * shape.rows * shape.positions
-        computed = group_tokens(left.prompts.lengths, lengths[kept])
+        forward = forward_count(self.arch, *group_tokens(left.prompts.lengths, lengths[kept]))
         return UpdateRows(
             batch,
             np.int32(in_use),  # type: ignore[arg-type]
             packing,
-            forward_flops(self.arch, *computed),
+            forward,
             {
                 "learner/padding_fraction": WeightedMean(slots - packing.used, slots),
                 "learner/dropped_group_fraction": WeightedMean(int((~kept).sum()), len(kept)),
-                "learner/model_flops": Sum(float(update_flops(self.arch, *computed))),
+                **_learner_flops(update=forward * 3),
             },
         )
 
@@ -296,16 +294,16 @@ class Learner:
         """`updates` with reference and, if asked for, recomputed old log-probs, under the parameters as they are."""
         scored, gap = [], {}
         for rows in updates:
-            batch, passes = rows.batch, 0
+            batch, passes = rows.batch, {}
             if self.reference is not None and self.algorithm.kl_in == "loss":
                 batch = dataclasses.replace(batch, reference_logprobs=self._score(self.reference, rows))
-                passes += 1
+                passes["reference"] = rows.forward
             if self.algorithm.old_logprobs == "recompute":
                 old = self._score(self.params, rows)
                 gap = merge(gap, behaviour_gap(old, batch))
                 batch = dataclasses.replace(batch, old_logprobs=old)
-                passes += 1
-            metrics = merge(rows.metrics, {"learner/model_flops": Sum(float(passes * rows.forward_flops))})
+                passes["old_logprobs"] = rows.forward
+            metrics = merge(rows.metrics, _learner_flops(**passes))
             scored.append(dataclasses.replace(rows, batch=batch, metrics=metrics))
         return scored, gap
 
@@ -314,6 +312,25 @@ class Learner:
 
     def _on_device(self, batch: TrainBatch) -> TrainBatch:
         return jax.device_put(batch, microbatch_sharding(self.mesh))
+
+
+def flop_metrics(**phases: FlopCount) -> dict[str, Metric]:
+    """`compute/PHASE_flops` of each phase, heads and attention included, and how much of all of them these two are.
+
+    Model FLOPs: what is computed again in a backward pass (remat) is not counted.
+    """
+    spent = sum(phases.values(), FlopCount())
+    return {
+        **{f"compute/{phase}_flops": Sum(float(count.total)) for phase, count in phases.items()},
+        "compute/attention_flops": Sum(float(spent.attention)),
+        "compute/head_flops": Sum(float(spent.head)),
+    }
+
+
+def _learner_flops(**phases: FlopCount) -> dict[str, Metric]:
+    """`flop_metrics`, and their sum as that of the learner."""
+    total = sum(count.total for count in phases.values())
+    return flop_metrics(**phases) | {"learner/model_flops": Sum(float(total))}
 
 
 def that_count(rollouts: Rollouts, advantages: np.ndarray, algorithm: AlgorithmConfig) -> Rollouts:
