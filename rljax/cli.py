@@ -168,6 +168,20 @@ def _report(argv: list[str]) -> None:
     print(write_report(argv[0]))
 
 
+def _fit(argv: list[str]) -> None:
+    """Scaling laws of curves, with intervals, as fit.json   CURVES.csv ... [--form F] [--x X] [--protocol P]"""
+    from rljax.scaling.command import fit_arguments, run_fit
+
+    run_fit(fit_arguments(_Parser(prog="rljax fit", allow_abbrev=False)).parse_args(argv))
+
+
+def _advise(argv: list[str]) -> None:
+    """Which size, how many steps, how many repeats   [FIT.json] --budget FLOPS|Nprompts --unique N"""
+    from rljax.scaling.command import advise_arguments, run_advise
+
+    run_advise(advise_arguments(_Parser(prog="rljax advise", allow_abbrev=False)).parse_args(argv))
+
+
 def _data(argv: list[str]) -> None:
     """Makes the paper's data files, or says what a file holds   prepare KIND SOURCE OUTPUT_DIR | inspect FILE ..."""
     options = data_parser().parse_args(argv)
@@ -239,6 +253,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "reward": _reward,
     "convert": _convert,
+    "fit": _fit,
+    "advise": _advise,
     "report": _report,
     "data": _data,
 }

@@ -35,6 +35,7 @@ class Data:
     points: Points
     loss: np.ndarray  # [n]
     weight: np.ndarray  # [n], mean 1
+    runs: tuple[np.ndarray, ...]  # of each curve [R, its points], the loss of each run, NaN where not evaluated
 
     @property
     def num_curves(self) -> int:
@@ -77,7 +78,7 @@ def collect(curves: Sequence[Curve], x: str, weighting: str = "size") -> Data:
     Raises:
       ConfigError: a curve has no point with such an X.
     """
-    log_x, loss, curve = [], [], []
+    log_x, loss, curve, runs = [], [], [], []
     for i, one in enumerate(curves):
         there = np.isfinite(one.x[x]) & (one.x[x] > 0)
         if not there.any():
@@ -88,10 +89,11 @@ def collect(curves: Sequence[Curve], x: str, weighting: str = "size") -> Data:
         log_x.append(np.log10(one.x[x][there]))
         loss.append(one.loss[there])
         curve.append(np.full(there.sum(), i))
+        runs.append(one.runs[:, there])
     index, losses = np.concatenate(curve), np.concatenate(loss)
     weight = WEIGHTS[weighting](losses, np.bincount(index)[index].astype(float))
     points = Points(np.concatenate(log_x), index, np.array([one.key for one in curves], float))
-    return Data(points, losses, weight / weight.mean())
+    return Data(points, losses, weight / weight.mean(), tuple(runs))
 
 
 # -------------------------------------------------------------------------------------------------------------- search
@@ -120,6 +122,7 @@ def solve(data: Data, form: Form, *, start: np.ndarray | None = None) -> Solutio
     low, high = bounds.T
     problem = _Problem(data, form)
     starts = [start] if start is not None else _starts(problem, form, low, high)
+    exact = 1e-12 if start is None else 1e-8  # a draw is one of a thousand
     best: Any = None
     for theta in starts:
         inside = np.clip(theta, low + 1e-9 * (high - low), high - 1e-9 * (high - low))
@@ -129,9 +132,9 @@ def solve(data: Data, form: Form, *, start: np.ndarray | None = None) -> Solutio
             problem.jacobian,  # pyright: ignore[reportArgumentType]  # a function is documented, the stub lags
             bounds=(low, high),
             x_scale="jac",
-            ftol=1e-12,
-            xtol=1e-10,
-            gtol=1e-12,
+            ftol=exact,
+            xtol=exact,
+            gtol=exact,
             max_nfev=500,
         )
         if best is None or found.cost < best.cost * (1 - 1e-9):
