@@ -31,10 +31,11 @@ def _train(argv: list[str]) -> None:
 
     config = parse_config(argv, prog="rljax train")
     _log_to_stdout()
+    from rljax.scaling.forecast import forecast_metrics
     from rljax.scaling.report import write_report
     from rljax.train import train
 
-    summary = train(config)
+    summary = train(config, forecast=forecast_metrics)
     _print_table(config.run_dir, summary, str(write_report(config.run_dir)))
 
 

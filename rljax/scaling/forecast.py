@@ -121,7 +121,10 @@ def _quantile(p: float, means: np.ndarray, spreads: np.ndarray, weights: np.ndar
 
 
 def forecast_run(run_dir: str | Path, num_steps: int) -> Forecast | None:
-    """The test loss at the end of the run in `run_dir`, from its curves.csv; None before `MIN_POINTS` evaluations."""
+    """The test loss at step `num_steps` of the run in `run_dir`, from its curves.csv.
+
+    None before `MIN_POINTS` evaluations, and where the end has been evaluated.
+    """
     file = Path(run_dir) / "curves.csv"
     if not file.is_file():
         return None
@@ -129,7 +132,19 @@ def forecast_run(run_dir: str | Path, num_steps: int) -> Forecast | None:
     with file.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
             points[int(row["step"])] = float(row["test_loss"])
-    points = {step: loss for step, loss in sorted(points.items()) if 0 < step <= num_steps and math.isfinite(loss)}
-    if len(points) < MIN_POINTS:
+    points = {step: loss for step, loss in sorted(points.items()) if step > 0 and math.isfinite(loss)}
+    if len(points) < MIN_POINTS or max(points) >= num_steps:
         return None
     return forecast(list(points), list(points.values()), num_steps)
+
+
+def forecast_metrics(run_dir: str | Path, num_steps: int) -> dict[str, float]:
+    """`forecast_run` as metrics of a step; none where there is no forecast."""
+    made = forecast_run(run_dir, num_steps)
+    if made is None:
+        return {}
+    return {
+        "forecast/final_test_loss": made.loss,
+        "forecast/final_test_loss_low": made.low,
+        "forecast/final_test_loss_high": made.high,
+    }

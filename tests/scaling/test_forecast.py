@@ -7,7 +7,7 @@ from scipy import stats
 
 from rljax.config import ConfigError
 from rljax.scaling import forecast as module
-from rljax.scaling.forecast import MIN_POINTS, forecast, forecast_run
+from rljax.scaling.forecast import MIN_POINTS, forecast, forecast_metrics, forecast_run
 
 
 def test_a_power_law_without_noise_is_continued() -> None:
@@ -110,3 +110,5 @@ def test_a_run_folder(tmp_path) -> None:
     made = forecast_run(tmp_path, 100)
     assert made is not None
     assert made.loss == pytest.approx(0.9 * 100**-0.05, rel=1e-4)
+    assert forecast_metrics(tmp_path, 100)["forecast/final_test_loss_high"] == made.high
+    assert forecast_metrics(tmp_path, MIN_POINTS) == {}  # the end has been evaluated
