@@ -69,10 +69,10 @@ def run_fit(given: argparse.Namespace) -> None:
         notes.append("one curve has no law across curves: form loglinear was fitted")
     given.x = given.x or next(x for x in RESOURCES if all(_has(curve, x) for curve in curves))
     fit = _fit(given, curves, form, notes)
+    write_fit(fit, given.output)
     _print_fit(fit)
     if given.compare:
         _print_comparison(given, curves, fit)
-    write_fit(fit, given.output)
     print(f"written: {given.output}")
 
 
@@ -112,6 +112,7 @@ def _fit(given: argparse.Namespace, curves: "Sequence[Curve]", form: str, notes:
     target = None
     if given.protocol == "inter":
         curves, target = split_largest(curves)
+        target, _ = clipped(target, Clip(clip.first_step, drop_first=clip.drop_first))  # a warm-up is one for all
     parts = [clipped(curve, clip) for curve in curves]
     fit = fit_curves(
         [fitted for fitted, _ in parts],
@@ -158,14 +159,15 @@ def _print_fit(fit: "Fit") -> None:
             shown = f"   {fit.level:.0%} interval {_pair(ends)}" if ends else ""
             console.print(f"{name} = {value:.5g}{shown}", highlight=False)
     own = [name for name, value in found["params"].items() if isinstance(value, dict)]
+    fitted = [entry for entry in found["per_curve"] if entry["role"] == "fitted"]
+    held = any(entry["held_out"] for entry in fitted)
+    slope = "k" in fitted[0] and "k" not in own
     table = Table()
-    slope = [] if "k" in own else ["k(N)", "interval"]
-    held = ["held-out R²", "RMSE"] if any(entry.get("held_out") for entry in found["per_curve"]) else []
-    columns = (fit.by, "points", *slope, *own, "R²", "RMSE", *held)
-    for column in columns:
+    columns = [fit.by, "points", *["k(N)"] * slope, *["interval"] * (slope and not held), *own, "R²", "RMSE"]
+    for column in columns + ["held-out R²", "RMSE"] * held:  # intervals beside them: wider than 80 columns
         table.add_column(column, justify="right")
-    for entry in (one for one in found["per_curve"] if one["role"] == "fitted"):
-        table.add_row(*_cells(fit, found, entry, own))
+    for entry in fitted:
+        table.add_row(*_cells(fit, found, entry, own, slope=slope, held=held))
     console.print(table)
     for entry in (one for one in found["per_curve"] if one["role"] == "predicted"):
         for line in _transfer_lines(fit, entry):
@@ -174,23 +176,25 @@ def _print_fit(fit: "Fit") -> None:
         console.print(f"warning: {warning}", markup=False, highlight=False)
 
 
-def _cells(fit: "Fit", found: dict[str, Any], entry: dict[str, Any], own: Sequence[str]) -> list[str]:
+def _cells(
+    fit: "Fit", found: dict[str, Any], entry: dict[str, Any], own: Sequence[str], *, slope: bool, held: bool
+) -> list[str]:
     from rljax.scaling.fit import size_name
-
-    size = size_name(entry[fit.by])
 
     def number(value: float | None, form: str) -> str:
         return "" if value is None else f"{value:{form}}"
 
     cells = [f"{entry[fit.by]:.4g}", str(entry["n"])]
-    if "k" not in own:
-        cells.append(number(entry.get("k"), ".4f"))
-        cells.append(_pair(entry.get("k_interval"), ".3g"))
-    cells += [number(found["params"][name][size], ".4g") for name in own]
-    cells += [number(entry["r2"], ".3f"), number(entry["rmse"], ".4f")]
-    if held := entry["held_out"]:
-        cells += [number(held["r2"], ".3f"), number(held["rmse"], ".4f")]
-    return cells
+    if slope:
+        cells += [number(entry["k"], ".4f"), *[_pair(entry["k_interval"], ".3g")] * (not held)]
+    cells += [number(found["params"][name][size_name(entry[fit.by])], ".4g") for name in own]
+    scored = entry["held_out"] or {}
+    return [
+        *cells,
+        number(entry["r2"], ".3f"),
+        number(entry["rmse"], ".4f"),
+        *[number(scored.get("r2"), ".3f"), number(scored.get("rmse"), ".4f")] * held,
+    ]
 
 
 def _transfer_lines(fit: "Fit", entry: dict[str, Any]) -> list[str]:

@@ -106,6 +106,20 @@ def test_inter_predicts_the_largest(folder, capsys) -> None:
     assert "slope predicted, E from its first points alone" in capsys.readouterr().out
 
 
+def test_a_warm_up_is_left_out_of_the_largest_too(folder) -> None:
+    found = fitted("--protocol", "inter", "--first-step", "4", "--drop-last", "10")
+    assert [entry["n"] for entry in found["per_curve"]] == [27] * 6 + [37]
+    assert found["per_curve"][-1]["strict"]["n"] == 27
+
+
+def test_a_curve_with_nothing_held_out_has_its_row(folder, capsys) -> None:
+    curves = paper_curves(np.random.default_rng(0), steps=40)
+    write(folder / "curves.csv", [curves[0].part(slice(0, 20)), *curves[1:]])
+    found = fitted("--protocol", "intra", "--last-step", "20")
+    assert found["per_curve"][0]["held_out"] is None
+    assert found["per_curve"][1]["held_out"]["n"] == 20
+
+
 def test_forms_are_compared_on_the_same_points(folder, capsys) -> None:
     fitted("--compare", "--draws", "0")
     printed = capsys.readouterr().out
