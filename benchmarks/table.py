@@ -80,7 +80,7 @@ def describe(case: Line) -> str:
     """One cell for what was run."""
     said = {"model", "batch", "group", "prompt", "cap", "lengths", "dtype", "mode", "ablation", "variant"}
     said |= {"sigma", "mean"}
-    words = [f"{case['model']}", f"{case['batch']} rows"]
+    words = [form.format(case[name]) for name, form in (("model", "{}"), ("batch", "{} rows")) if name in case]
     if case.get("group") == 1:
         words.append("no groups")
     if "cap" in case:

@@ -34,10 +34,11 @@ def _train(argv: list[str]) -> None:
 
     config = parse_config(argv, prog="rljax train")
     _log_to_stdout()
+    from rljax.scaling.forecast import forecast_metrics
     from rljax.scaling.report import write_report
     from rljax.train import train
 
-    summary = train(config)
+    summary = train(config, forecast=forecast_metrics)
     _print_table(config.run_dir, summary, str(write_report(config.run_dir)))
 
 
@@ -228,6 +229,20 @@ def _report(argv: list[str]) -> None:
     print(write_report(argv[0]))
 
 
+def _fit(argv: list[str]) -> None:
+    """Scaling laws of curves, with intervals, as fit.json   CURVES.csv ... [--form F] [--x X] [--protocol P]"""
+    from rljax.scaling.command import fit_arguments, run_fit
+
+    run_fit(fit_arguments(_Parser(prog="rljax fit", allow_abbrev=False)).parse_args(argv))
+
+
+def _advise(argv: list[str]) -> None:
+    """Which size, how many steps, how many repeats   [FIT.json] --budget FLOPS|Nprompts --unique N"""
+    from rljax.scaling.command import advise_arguments, run_advise
+
+    run_advise(advise_arguments(_Parser(prog="rljax advise", allow_abbrev=False)).parse_args(argv))
+
+
 def _data(argv: list[str]) -> None:
     """Makes the paper's data files, or says what a file holds   prepare KIND SOURCE OUTPUT_DIR | inspect FILE ..."""
     options = data_parser().parse_args(argv)
@@ -300,6 +315,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reward": _reward,
     "convert": _convert,
     "sweep": _sweep,
+    "fit": _fit,
+    "advise": _advise,
     "report": _report,
     "data": _data,
 }

@@ -432,6 +432,9 @@ def step_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
     """
     parts = [f"step {step}/{num_steps}"]
     parts += [f"{word} {form.format(metrics[name])}" for word, name, form in _LINE if name in metrics]
+    ends = [metrics.get(f"forecast/final_test_loss{part}") for part in ("", "_low", "_high")]
+    if None not in ends:
+        parts.append("final loss {:.3f} ({:.3f} to {:.3f})".format(*ends))
     phases = {n[5:-8]: s for n, s in metrics.items() if n.startswith("time/") and n.endswith("_seconds")}
     total = phases.pop("step", sum(phases.values()))
     if total:

@@ -9,6 +9,7 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ from rljax.types import LENGTH, Rollouts, TrainState, select_prompts
 
 logger = logging.getLogger(__name__)
 
+Forecaster = Callable[[str, int], Mapping[str, float]]
+"""(run folder, steps of the whole run) -> metrics."""
+
 _TRAIN_DRAWS, _EVALUATION_DRAWS = 1, 2
 """Folded into the run's key, so that training and evaluation never share a draw."""
 
@@ -108,12 +112,16 @@ class Run:
     key: jax.Array
 
 
-def train(config: RunConfig, *, reward: RewardFunction | None = None) -> dict[str, float]:
+def train(
+    config: RunConfig, *, reward: RewardFunction | None = None, forecast: Forecaster | None = None
+) -> dict[str, float]:
     """Runs or resumes `config`; returns `{"first": pass@1 at step 0, "last": ..., "steps": ...}` where measured.
 
     Args:
       reward: fn(response, ground_truth, extra_info) -> reward in [0, 1], or a coroutine function, in the place of the
         verifiers, in training and evaluation. It runs in this process: `reward.file` is the safer way.
+      forecast: called after each evaluation; what it returns is logged with the step, as
+        `rljax.scaling.forecast.forecast_metrics` does.
 
     Raises:
       ConfigError: the config, the data, the weights or an existing run folder do not allow it.
@@ -144,6 +152,8 @@ def train(config: RunConfig, *, reward: RewardFunction | None = None) -> dict[st
                         logger.info("the prompts are used up: the run ends after step %d of %d", last_step, num_steps)
                         break
                     floats = _step(run, step)
+                    if forecast is not None and "eval/test_loss" in floats:
+                        floats |= forecast(config.run_dir, num_steps)
                     run.sink.log(step, floats)
                     progress.step(step, floats)
                     last_step = step

@@ -302,6 +302,14 @@ def test_the_table_of_targets() -> None:
     ]
 
 
+def test_every_recorded_line_has_its_table() -> None:
+    """Lines of scripts that run no model, too."""
+    lines = table.newest(table.read(sorted(common.RESULTS.glob("*.jsonl"))))
+    benches = {made["bench"] for made in lines}
+    assert "fits" in benches and "sampling" in benches
+    assert sum(text.count("coverage") for text in table.tables(lines).values()) > 10
+
+
 def test_tables_of_everything_and_by_device() -> None:
     lines = [
         made(),

@@ -166,7 +166,7 @@ def test_help_lists_every_field(name: str, capsys: pytest.CaptureFixture[str]) -
         assert not missing
 
 
-@pytest.mark.parametrize("name", ["convert", "report", "reward", "sweep"])
+@pytest.mark.parametrize("name", ["convert", "report", "reward", "sweep", "fit", "advise"])
 def test_help_of_the_others(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     said = capsys.readouterr()
@@ -666,6 +666,16 @@ def test_resumed_is_unbroken_in_every_metric(unbroken: Path, resumed: Path) -> N
     assert [row["step"] for row in whole] == [0, 1, 2, 3, 4]
     assert whole == parts
     assert len(whole[4]) > 20
+
+
+def test_a_run_forecasts_its_end(unbroken: Path, place: Place, tmp_path: Path) -> None:
+    """From four evaluations on, until the end itself is evaluated."""
+    folder = Path(shutil.copytree(unbroken, tmp_path / "longer"))
+    assert main(place.train("--run_dir", str(folder), "--steps", "6")) == 0
+    forecasts = {row["step"]: [v for k, v in row.items() if k.startswith("forecast/")] for row in metrics_of(folder)}
+    assert [step for step, found in forecasts.items() if found] == [5]
+    loss, low, high = forecasts[5]
+    assert 0 <= low <= loss <= high <= 1
 
 
 def test_a_run_says_how_often_each_prompt_was_used(unbroken: Path, resumed: Path, stopped: Path) -> None:

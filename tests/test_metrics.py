@@ -274,6 +274,9 @@ def test_aliases_are_written_beside_the_names(tmp_path):
 def test_step_line():
     assert step_line(12, 200, _METRICS) == ("step 12/200  reward 0.412  tokens/s 3,100  8.2 s (sample 5.1, update 2.9)")
     assert step_line(0, 200, {"eval/pass@1": 0.5}) == "step 0/200  pass@1 0.500"
+    ends = {"": 0.41, "_low": 0.38, "_high": 0.447}
+    forecast = {f"forecast/final_test_loss{part}": loss for part, loss in ends.items()}
+    assert step_line(9, 200, forecast) == "step 9/200  final loss 0.410 (0.380 to 0.447)"
 
 
 def test_progress_in_a_file_is_plain_log_lines(caplog):

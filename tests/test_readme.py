@@ -1,5 +1,6 @@
 """What the README says is so: its Python runs, its commands run in its order, and the files it names are there."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -20,6 +21,7 @@ from rljax.data.records import read_records
 from rljax.export import DEMO
 from rljax.models import qwen2
 from rljax.rewards.dispatch import verifier_for
+from rljax.scaling.command import advise_arguments, fit_arguments
 from rljax.types import Rollouts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +70,8 @@ def tree() -> dict[str, str]:
 
 def is_out_of_reach(arguments: list[str]) -> bool:
     """The command wants real weights, or files that are only an example."""
-    return any(re.search(r"smollm2|Qwen/|^hub:|\.parquet|\.jsonl", argument) for argument in arguments)
+    absent = r"smollm2|Qwen/|^hub:|\.parquet|\.jsonl|paper_curves|fit\.json"
+    return any(re.search(absent, argument) for argument in arguments)
 
 
 RLJAX = commands("rljax")
@@ -129,6 +132,9 @@ def test_rljax_commands(place: int, walk: Walk) -> None:
         assert data_parser().parse_args(arguments[1:]).action == arguments[1]
     elif arguments[0] == "reward":
         assert reward_parser().parse_args(arguments[1:]).mode == "paper"
+    elif arguments[0] in ("fit", "advise"):
+        takes = {"fit": fit_arguments, "advise": advise_arguments}[arguments[0]]
+        assert takes(argparse.ArgumentParser()).parse_args(arguments[1:])
     elif arguments[0] == "convert":
         assert arguments[1] == DEMO and len(arguments) == 3
     else:  # parsed only

@@ -1,0 +1,135 @@
+"""How sure a fit is: the same fit on curves drawn again, from blocks of steps or from whole runs.
+
+`steps`: the law plus its residuals, drawn in blocks of neighbouring steps within each curve (moving-block bootstrap,
+Künsch 1989), which keeps how noise hangs together along a run but cannot see what shifts a whole run. `runs`: for each
+size as many of its runs as there are, with replacement; the deviation from their mean is widened by sqrt(R / (R - 1)),
+without which three runs would show two thirds of the variance (Rao and Wu 1988).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from rljax.config import ConfigError
+from rljax.scaling.fit import Data, Solution, loss_of, solve
+from rljax.scaling.forms import Points
+
+MIN_RUNS = 3
+"""Of every size, for `auto` to draw runs: of two there is but one difference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Fits of drawn curves, b of them."""
+
+    solution: Solution
+    """Of the curves as they are."""
+    theta: np.ndarray  # [b, p]
+    scale: np.ndarray  # [b, m]
+    over: str
+    """"steps" or "runs"."""
+
+    def __len__(self) -> int:
+        return len(self.theta)
+
+    def predict(self, log_x: np.ndarray, curve: np.ndarray) -> np.ndarray:
+        """L [b, n] at log10 X [n] on curves [n], by each of the fits."""
+        points, form = Points(log_x, curve, self.solution.size), self.solution.form
+        with np.errstate(over="ignore"):
+            return np.stack(
+                [loss_of(form.evaluate(t, points), s, curve) for t, s in zip(self.theta, self.scale, strict=True)]
+            )
+
+
+def bootstrap(data: Data, solution: Solution, *, draws: int = 1000, seed: int = 0, over: str = "auto") -> Draws:
+    """`draws` fits of drawn curves, each begun at the solution; the same seed gives the same draws.
+
+    Args:
+      data: what `solution` was fitted to.
+      over: "steps", "runs", or "auto": runs where every size has `MIN_RUNS` or more, else steps.
+
+    Raises:
+      ConfigError: runs were asked for and a size has only one, or fewer than 2 draws.
+    """
+    if draws < 2:
+        raise ConfigError(f"draws = {draws}; an interval needs 2 or more, and 1000 for steady ends")
+    fewest = min(len(runs) for runs in data.runs)
+    if over == "auto":
+        over = "runs" if fewest >= MIN_RUNS else "steps"
+    if over == "runs" and fewest < 2:
+        raise ConfigError(
+            f"runs were to be drawn and a size has {fewest}; 2 or more of every size are required: train with more "
+            "seeds, or draw steps"
+        )
+    rng = np.random.default_rng(seed)
+    draw = _steps(data, solution) if over == "steps" else _runs(data)
+    found = [solve(data.with_loss(draw(rng)), solution.form, start=solution.theta) for _ in range(draws)]
+    return Draws(solution, np.stack([s.theta for s in found]), np.stack([s.scale for s in found]), over)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the central `level` of `values` along their first axis."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0, method="weibull")
+    return low, high
+
+
+# --------------------------------------------------------------------------------------------------------------- draws
+
+
+Draw = Callable[[np.random.Generator], np.ndarray]
+
+
+def _steps(data: Data, solution: Solution) -> Draw:
+    """Draws of law plus residuals in blocks, [n]."""
+    law = solution.predict(data.points.log_x, data.points.curve)
+    noise = [blocks_of_residuals(data, solution, i) for i in range(data.num_curves)]
+    return lambda rng: law + np.concatenate([one(rng) for one in noise])
+
+
+def blocks_of_residuals(data: Data, solution: Solution, curve: int) -> Draw:
+    """Draws of a curve's residuals in blocks, as many as it has points; widened, for a fit makes them too small."""
+    mine = data.points.curve == curve
+    residuals = data.loss[mine] - solution.predict(data.points.log_x[mine], data.points.curve[mine])
+    n, parameters = len(residuals), solution.form.own_count() + len(solution.form.shared) / data.num_curves
+    residuals = (residuals - residuals.mean()) * math.sqrt(n / max(n - parameters, 1.0))
+    length = block_length(residuals)
+    return lambda rng: _blocks(residuals, length, rng)
+
+
+def block_length(residuals: np.ndarray) -> int:
+    """Steps per block: (sqrt(6) r / (1 - r²))^(2/3) n^(1/3) for lag-one autocorrelation r, 1 to n / 4.
+
+    The length that estimates the variance of a mean best when residuals are autoregressive of order one (Bühlmann and
+    Künsch 1999); a negative r asks for no blocks.
+    """
+    n = len(residuals)
+    spread = float(np.sum(residuals**2))
+    r = float(np.sum(residuals[1:] * residuals[:-1])) / spread if spread > 0 else 0.0
+    # Blocks lose some variance, so chance alone must not lengthen them: below this, 95 of 100 white residuals are.
+    r = min(r, 0.95) if r > 1.645 / math.sqrt(n) else 0.0
+    wanted = (math.sqrt(6) * r / (1 - r**2)) ** (2 / 3) * n ** (1 / 3)
+    return int(min(max(round(wanted), 1), max(n // 4, 1)))
+
+
+def _blocks(values: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+    """As many values, in blocks that begin anywhere; past the end they go on at the start."""
+    n = len(values)
+    begins = rng.integers(0, n, math.ceil(n / length))
+    return values[(begins[:, None] + np.arange(length)).ravel()[:n] % n]
+
+
+def _runs(data: Data) -> Draw:
+    """Draws of means over runs, [n]."""
+
+    def one(runs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        count = len(runs)
+        chosen = runs[rng.integers(0, count, count)]
+        there = np.isfinite(chosen)
+        counts, mean = there.sum(axis=0), np.nanmean(runs, axis=0)
+        drawn = np.where(there, chosen, 0.0).sum(axis=0) / np.maximum(counts, 1)
+        # Where no drawn run was evaluated, the mean stands.
+        return mean + math.sqrt(count / (count - 1)) * np.where(counts, drawn - mean, 0.0)
+
+    return lambda rng: np.concatenate([one(runs, rng) for runs in data.runs])
