@@ -44,6 +44,9 @@ _WORK = re.compile(
     r"|\\[dt]?frac\s*\{\s*(?:d|\\partial|\\mathrm\s*\{d\})[^{}]*\}\s*\{\s*(?:d|\\partial|\\mathrm\s*\{d\})\s*[a-z]"
 )
 _NAME_PARTS = re.compile(r"\\[A-Za-z]+\s*(?:\{[^{}]*\})?|\([^()]*\)|_\{[^{}]*\}")
+_FRACTION = re.compile(r"\\[dtc]?(?:frac|binom)\s*\d\s*\d")
+_SIDE_BY_SIDE = re.compile(r"\d(?:\s|~|\\[,;: ]|\\q?quad(?![A-Za-z])|\]\s*\[)+\d")
+_CONNECTIVE = re.compile(r"(?:\\(?:lor|vee|land|wedge|q?quad)(?![A-Za-z])|\\&|\n)(?!\s*&?\s*=)")  # no = goes on with it
 _SIDES = re.compile(r"=|\\(?:approx|equiv|simeq|sim|cong)(?![A-Za-z])|[≈≡]")
 
 
@@ -126,7 +129,7 @@ def _compare_bases(given: str, wanted: str) -> bool | None:
 def _compare_expressions(given: str, wanted: str) -> bool:
     if _WORK.search(given) and not _WORK.search(wanted):
         raise Undecidable(f"{given!r} leaves the work to the verifier")
-    if "=" not in wanted and _contradicts_itself(given):
+    if "=" not in wanted and _states_more_than_one(given):
         return False
     gold, answer = _expression(wanted), _expression(given)
     if isinstance(gold, sympy.Eq) and not gold.free_symbols:  # about numbers: 0 = 0 is as true as 89 + 19 = 108
@@ -141,11 +144,18 @@ def _compare_expressions(given: str, wanted: str) -> bool:
         raise Undecidable(f"comparison failed: {type(error).__name__}: {error}") from error
 
 
-def _contradicts_itself(given: str) -> bool:
-    """Whether it equates numbers that are not even close: of 1 = 2 = 3, Math-Verify would take the last."""
-    sides = [_rational(_tidy(side)) for side in _SIDES.split(given)]
-    numbers = [side for side in sides if side is not None]
-    return bool(numbers) and max(numbers) - min(numbers) > abs(numbers[-1]) / 100
+def _states_more_than_one(given: str) -> bool:
+    r"""Whether it holds several numbers, one of which Math-Verify would pick.
+
+    That is the last of 1 = 2 = 3 and of x = 5 \lor x = 6, and of 5 6 the sum.
+    """
+    if _SIDE_BY_SIDE.search(_FRACTION.sub("", given)):
+        return True
+    sides = _SIDES.split(given)
+    if len(sides) > 2 and _CONNECTIVE.search(given):
+        return True
+    numbers = [number for number in map(_rational, map(_tidy, sides)) if number is not None]
+    return bool(numbers) and max(numbers) - min(numbers) > abs(numbers[-1]) / 100  # 10/3 = 3.33 is one
 
 
 def _is_a_side_only(answer: Any, gold: Any, wanted: str) -> bool:

@@ -141,6 +141,8 @@ def test_last_boxed_of_a_megabyte_of_anything(piece):
         ("89 + 19 = 108", "89+19=108"),
         ("\\frac{10}{3} \\approx 3.33", "\\frac{10}{3}"),
         ("17 \\cdot 3 = 51", "51"),
+        ("S = 17 \\cdot 3\n= 51", "51"),
+        ("a = 2b = 6", "6"),
         ("\\frac{1}{2} = 0.5", "0.5"),
         ("\\lfloor \\frac{n}{2} \\rfloor", "\\left\\lfloor \\frac{n}{2} \\right\\rfloor"),
     ],
@@ -192,7 +194,10 @@ def test_right(answer, ground_truth):
         ("108", "89+19=108"),
         ("1 = 2 = 3 = 4 = 5", "5"),  # Math-Verify takes the last
         ("x = 1 = 2 = 5", "5"),
+        ("x = 5 \\lor x = 6", "6"),
+        ("x = 5 \\quad x = 6", "6"),
         ("5 \\approx 6", "5"),  # and here the first
+        ("5 6", "11"),  # and here their sum
         ("5 \\equiv 6", "6"),
         ("5_6", "5 \\text{ cm}"),
         ("5_{6}", "x = 5"),
