@@ -129,20 +129,33 @@ def machine_seconds() -> float:
 
 def process_seconds(pid: int) -> float:
     """CPU seconds used by a process and by the children it has waited for."""
-    with open(f"/proc/{pid}/stat") as file:
-        after_name = file.read().rpartition(")")[2].split()
-    return sum(map(int, after_name[11:15])) / _TICKS
+    return sum(map(int, _stat(pid)[11:15])) / _TICKS
+
+
+def family_seconds(pid: int) -> float:
+    """As `process_seconds`, and what those of its children that still run have used."""
+    seconds = process_seconds(pid)
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if int(_stat(int(entry.name))[1]) == pid:
+                seconds += process_seconds(int(entry.name))
+    return seconds
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat behind the name, which may hold blanks."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 class Meter:
     """Cores used by all but one process since the meter was made. Ticks of 10 ms: for a second and more."""
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
+    def __init__(self, pid: int, own_seconds: Callable[[int], float] = process_seconds) -> None:
+        self._pid, self._own_seconds = pid, own_seconds
         self._start = self._read()
 
     def _read(self) -> tuple[float, float]:
-        return time.perf_counter(), machine_seconds() - process_seconds(self._pid)
+        return time.perf_counter(), machine_seconds() - self._own_seconds(self._pid)
 
     def foreign_cores(self) -> float:
         (then, before), (now, after) = self._start, self._read()
@@ -170,6 +183,8 @@ class Contender:
     """The process that works while it runs."""
     run: Callable[[int], float]
     """Seconds of one repeat with this seed."""
+    own_seconds: Callable[[int], float] = process_seconds
+    """CPU seconds that are its own, of `pid`."""
 
 
 def undisturbed(contender: Contender, seed: int, *, patience: float = 60.0, tries: int = 3) -> float | None:
@@ -179,7 +194,7 @@ def undisturbed(contender: Contender, seed: int, *, patience: float = 60.0, trie
     """
     for _ in range(tries):
         wait_until_quiet(patience)
-        meter = Meter(contender.pid)
+        meter = Meter(contender.pid, contender.own_seconds)
         seconds = contender.run(seed)
         cores = meter.foreign_cores()
         counts = cores <= QUIET_CORES or seconds < 0.2  # too short for the clock's ticks

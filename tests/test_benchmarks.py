@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import common  # noqa: E402
 import learning  # noqa: E402
 import peer  # noqa: E402
 import quickstart  # noqa: E402
+import rewards  # noqa: E402
 import roofline  # noqa: E402
 import sampling  # noqa: E402
 import simulate  # noqa: E402
@@ -28,6 +31,9 @@ from models import model_folder  # noqa: E402
 from peers.protocol import Turns, split_by_rows  # noqa: E402
 from workloads import ARCHS, DEFAULT_ROWS, REALISTIC, ROWS, Workload, realistic_lengths  # noqa: E402
 
+from rljax.rewards import sandbox  # noqa: E402
+from rljax.rewards.dispatch import VERIFIERS  # noqa: E402
+from rljax.rewards.pool import RewardPool  # noqa: E402
 from rljax.sampling.engine import EngineOptions  # noqa: E402
 from rljax.sampling.loop import Plan  # noqa: E402
 from rljax.sampling.schedule import FREE, LanePrompts, Shape  # noqa: E402
@@ -338,6 +344,34 @@ def test_lines_of_a_quickstart() -> None:
     for new, old in zip(lines, kept, strict=True):  # what is in the results by now, field for field
         assert list(new) == list(old) and new["case"].keys() == old["case"].keys()
         assert (new["metric"], new["unit"]) == (old["metric"], old["unit"])
+
+
+@pytest.mark.parametrize("row", [row for row in rewards.ROWS if row in VERIFIERS])
+def test_items_of_the_reward_benchmark_have_the_scores_they_were_made_with(row: str) -> None:
+    name = row.partition("/")[0]
+    if name == "coder1" and sandbox._problem():
+        pytest.skip(f"needs a sandbox: {sandbox._problem()}")
+    items, scores = rewards.make_items(row, name, 2 if name == "coder1" else 100, seed=1)
+    assert [VERIFIERS[row](item.response, item.ground_truth, {}) for item in items] == pytest.approx(scores)
+    assert len({item.response for item in items}) == len(items)
+    assert all(score == 1 for score in scores[::2]) and all(score < 1 for score in scores[1::2])
+
+
+def test_a_wrong_score_voids_a_row_of_the_reward_benchmark() -> None:
+    items, scores = rewards.make_items("exact/fixed", "gsm8k", 2, seed=1)
+    with RewardPool(1, 30.0) as pool, pytest.raises(rewards.Void, match="exact/fixed"):
+        rewards.timed(pool, items, scores)
+
+
+def test_the_time_of_a_child_that_runs_is_the_familys() -> None:
+    program = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\nsys.stdin.read()"
+    before = common.process_seconds(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert common.family_seconds(os.getpid()) >= common.process_seconds(os.getpid()) + 0.25
+        child.communicate()
+    assert common.process_seconds(os.getpid()) >= before + 0.25
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:

@@ -36,17 +36,17 @@ def last_boxed(text: str) -> str | None:
 
     Escaped braces do not count. One pass: a completion of a million open boxes costs no more than any other.
     """
-    opened: list[tuple[int, bool]] = []  # where the content of each open brace starts, and whether it is a box
+    opened: list[int] = []  # where the content of each open box starts, -1 for other braces
     best = (-1, -1)
     for token in _BOX_TOKENS.finditer(text):
         symbol = token.group()
         if symbol == "}":
             if opened:
-                start, is_box = opened.pop()
-                if is_box and start > best[0]:
+                start = opened.pop()
+                if start > best[0]:
                     best = (start, token.start())
         elif symbol == "{":
-            opened.append((token.end(), False))
+            opened.append(-1)
         elif symbol.endswith("{") and len(symbol) > 2:
-            opened.append((token.end(), True))
+            opened.append(token.end())
     return None if best[0] < 0 else text[slice(*best)].strip()

@@ -16,6 +16,7 @@ _NUMBER = re.compile(
     r"(?<![\d.)])-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s*/\s*[1-9]\d*)?|(?<=[)])\d+"
 )
 _MAX_NUMBER_CHARS = 100
+_BETWEEN_NUMBERS = re.compile(r"(?<=\d)(?:\\[!,;: ](?!\d{3}(?!\d))|\\?[$%])(?=\d)")
 
 _PAPER_MARKED = re.compile(r"#### (-?[0-9.,]+)")
 _PAPER_NUMBER = re.compile(r"-?[0-9.,]+")
@@ -59,6 +60,7 @@ def _candidate(response: str) -> str | None:
 
 def _normalise(answer: str) -> str:
     answer = answer.replace("\N{MINUS SIGN}", "-")
+    answer = _BETWEEN_NUMBERS.sub(" ", answer)  # 5\%6 is two numbers, not 56
     answer = re.sub(r"\\[!,;: ]|\\?[$%]", "", answer)
     answer = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", answer).strip().rstrip(".").strip()
     return re.sub(r"(?<=\d)\.0+$", "", answer)
@@ -67,8 +69,8 @@ def _normalise(answer: str) -> str:
 def _value(answer: str) -> Fraction | None:
     """The one number in a normalised answer; None when there is no number, or more than one."""
     numbers = _NUMBER.findall(answer)
-    if len(numbers) != 1:
-        return None
+    if len(numbers) != 1 or any(character.isnumeric() for character in _NUMBER.sub("", answer)):
+        return None  # the second kind is 5.6.7, of which only 5.6 is a number, or 5½
     if len(numbers[0]) > _MAX_NUMBER_CHARS:
         raise Undecidable(f"a number of {len(numbers[0])} characters; at most {_MAX_NUMBER_CHARS} are read")
     return Fraction(re.sub(r"[\s,]", "", numbers[0]))

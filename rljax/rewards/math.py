@@ -2,7 +2,9 @@ r"""Mathematical answers: the last `\boxed{}` against the ground truth, by strin
 
 This is the repaired rule, not the paper's `naive_dapo` cascade (`verl/utils/reward_score/` of arXiv 2509.25300): only a
 box answers; both sides are parsed whole, with delimiters, so that `\boxed{2}` is not `2\sqrt{3}`; integers are exact;
-50 is not 0.5; sets and unions have no order.
+50 is not 0.5; sets and unions have no order; an answer that hands the verifier the question, such as `\gcd(48, 18)`, is
+none. Arithmetic that an answer leaves undone, `2^{10}` or `\binom{9}{2}`, is still taken for its value, and of two
+units, `5 \text{ m}` and `5 \text{ cm}`, neither is read.
 
 Called in a worker of `pool.RewardPool`, which holds the wall-clock limit: Math-Verify's own is a SIGALRM handler, which
 does not run while an extension or a large power is being computed. The checks before parsing refuse what is known to be
@@ -36,6 +38,16 @@ _RATIONAL = re.compile(
 _NUMERAL = r"-?\d[0-9A-Za-z.]*"
 _BASED = re.compile(rf"(?P<digits>{_NUMERAL})_\{{?(?P<base>\d+)\}}?")
 _POWER_OF_UNIT = re.compile(r"(\\(?:text|mbox|mathrm)\s*\{[^{}\d]*\})\s*\^\s*\{?[23]\}?$")
+# What stands here is the question, not its answer: equal only where the ground truth has it, too.
+_WORK = re.compile(
+    r"\\(?:operatorname\*?\s*\{\s*)?(?:gcd|lcm|min|max|inf|sup|lim|limsup|liminf|det|[bp]?mod|lfloor|lceil)(?![A-Za-z])"
+    r"|\\[dt]?frac\s*\{\s*(?:d|\\partial|\\mathrm\s*\{d\})[^{}]*\}\s*\{\s*(?:d|\\partial|\\mathrm\s*\{d\})\s*[a-z]"
+)
+_NAME_PARTS = re.compile(r"\\[A-Za-z]+\s*(?:\{[^{}]*\})?|\([^()]*\)|_\{[^{}]*\}")
+_FRACTION = re.compile(r"\\[dtc]?(?:frac|binom)\s*\d\s*\d")
+_SIDE_BY_SIDE = re.compile(r"\d(?:\s|~|\\[,;: ]|\\q?quad(?![A-Za-z])|\]\s*\[)+\d")
+_CONNECTIVE = re.compile(r"(?:\\(?:lor|vee|land|wedge|q?quad)(?![A-Za-z])|\\&|\n)(?!\s*&?\s*=)")  # no = goes on with it
+_SIDES = re.compile(r"=|\\(?:approx|equiv|simeq|sim|cong)(?![A-Za-z])|[≈≡]")
 
 
 def score(response: str, ground_truth: str, extra_info: dict[str, Any]) -> float:
@@ -105,8 +117,8 @@ def _rational(answer: str) -> Fraction | None:
 def _compare_bases(given: str, wanted: str) -> bool | None:
     """Numerals with a base, which Math-Verify drops: 52_8 is 52_{8}, may be written 52, and is not 52_9."""
     left, right = _BASED.fullmatch(given), _BASED.fullmatch(wanted)
-    if right is None:
-        return False if left is not None and left["digits"] == wanted and left["base"] != "10" else None
+    if right is None:  # an index that is a word, 44_{\text{eight}}, is left to Math-Verify
+        return False if left is not None and left["base"] != "10" and "_" not in wanted else None
     if left is None:
         if not re.fullmatch(_NUMERAL, given):
             raise Undecidable(f"{given!r} for {wanted!r}, a numeral with a base")
@@ -115,15 +127,46 @@ def _compare_bases(given: str, wanted: str) -> bool | None:
 
 
 def _compare_expressions(given: str, wanted: str) -> bool:
+    if _WORK.search(given) and not _WORK.search(wanted):
+        raise Undecidable(f"{given!r} leaves the work to the verifier")
+    if "=" not in wanted and _states_more_than_one(given):
+        return False
     gold, answer = _expression(wanted), _expression(given)
+    if isinstance(gold, sympy.Eq) and not gold.free_symbols:  # about numbers: 0 = 0 is as true as 89 + 19 = 108
+        return given.replace(" ", "") == wanted.replace(" ", "")
     try:
-        if _differ_as_numbers(gold, answer):
+        if _differ_as_numbers(gold, answer) or _is_a_side_only(answer, gold, wanted):
             return False
         return verify([gold], [answer], timeout_seconds=0, raise_on_error=True)
     except MemoryError:
         raise
     except Exception as error:  # sympy raises whatever it likes on what it cannot compare
         raise Undecidable(f"comparison failed: {type(error).__name__}: {error}") from error
+
+
+def _states_more_than_one(given: str) -> bool:
+    r"""Whether it holds several numbers, one of which Math-Verify would pick.
+
+    That is the last of 1 = 2 = 3 and of x = 5 \lor x = 6, and of 5 6 the sum.
+    """
+    if _SIDE_BY_SIDE.search(_FRACTION.sub("", given)):
+        return True
+    sides = _SIDES.split(given)
+    if len(sides) > 2 and _CONNECTIVE.search(given):
+        return True
+    numbers = [number for number in map(_rational, map(_tidy, sides)) if number is not None]
+    return bool(numbers) and max(numbers) - min(numbers) > abs(numbers[-1]) / 100  # 10/3 = 3.33 is one
+
+
+def _is_a_side_only(answer: Any, gold: Any, wanted: str) -> bool:
+    """Whether the answer is but what stands behind the gold's "=", which Math-Verify takes.
+
+    Rightly so for a name, x or f(x) or AB; but 1 is not x + y = 1.
+    """
+    if not isinstance(gold, sympy.Eq) or isinstance(answer, sympy.Rel | sympy.And | sympy.FiniteSet):
+        return False
+    left = _NAME_PARTS.sub(" ", wanted.partition("=")[0])
+    return re.search(r"[-+]|[a-z]\s*[a-z]", left) is not None
 
 
 def _expression(answer: str) -> Any:

@@ -103,6 +103,12 @@ def _call(function: Any, arguments: list[Any]) -> Any:
     return function(*arguments)
 
 
+def _product(left: Any, right: Any) -> Any:
+    if any(isinstance(factor, str | bytes | tuple | list) for factor in (left, right)):
+        raise Undecidable("text or a list, repeated")  # 'a'*10**12 ends in a MemoryError, or in a worker's end
+    return left * right
+
+
 def _power(base: Any, exponent: Any) -> Any:
     if isinstance(exponent, sympy.Rational):
         size = abs(exponent)
@@ -125,7 +131,7 @@ _UNARY: dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: op
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
+    ast.Mult: _product,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,

@@ -8,6 +8,7 @@ The ground truth is a JSON object with "header" and "rows".
 
 import ast
 import json
+import math
 import re
 import warnings
 from typing import Any
@@ -45,7 +46,7 @@ def score(response: str, ground_truth: str, extra_info: dict[str, Any]) -> float
         cells = _cells(given_row, header, columns)
         if cells is None:
             return 0.0
-        right += sum(_text(a) == _text(b) for a, b in zip(cells, wanted_row, strict=True))
+        right += sum(_text(a) == _text(b) is not None for a, b in zip(cells, wanted_row, strict=True))
     return right / (len(header) * len(rows))
 
 
@@ -159,9 +160,11 @@ def _cells(row: Any, header: list[str], columns: list[int]) -> list[Any] | None:
 
 
 def _text(cell: Any) -> str | None:
-    """A cell for comparing: "1" for 1, 1.0 and " 1 "; None for what can be no cell."""
+    """A cell for comparing: "1" for 1, 1.0 and " 1 "; None for what can be no cell, and equals no other."""
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     if isinstance(cell, int):
         return str(cell) if not isinstance(cell, bool) and abs(cell) < _LARGE else None
+    if isinstance(cell, float):
+        return repr(cell) if math.isfinite(cell) else None
     return cell.strip() if isinstance(cell, str) else None

@@ -1,7 +1,11 @@
 r"""The mathematical verifier on answers judged by hand."""
 
+import re
+
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rljax.rewards.answers import Undecidable, last_boxed
 from rljax.rewards.math import score
@@ -38,6 +42,46 @@ def test_last_boxed(text, content):
 def test_last_boxed_of_a_megabyte_is_one_pass():
     assert last_boxed("\\boxed{" * 150_000) is None
     assert last_boxed("\\boxed{" * 70_000 + "5" + "}" * 70_000) == "5"
+
+
+_OLD_BOX = re.compile(r"\\boxed\s*\{")
+
+
+def boxed_by_definition(text):
+    """Of the boxes that close, the one that opens last: every box is tried, and read to its end, at quadratic cost."""
+    for start in reversed([box for box in _OLD_BOX.finditer(text) if not escaped(text, box.start())]):
+        depth, place = 1, start.end()
+        while place < len(text) and depth:
+            if text[place] == "\\":
+                box = _OLD_BOX.match(text, place)
+                place = box.end() if box else place + 2
+                depth += box is not None
+                continue
+            depth += (text[place] == "{") - (text[place] == "}")
+            place += 1
+        if not depth:
+            return text[start.end() : place - 1].strip()
+    return None
+
+
+def escaped(text, place):
+    before = text[:place]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(["\\boxed{", "\\boxed {", "\\boxed", "{", "}", "\\{", "\\}", "\\", "\\\\", "5", "x", " "]))
+)
+def test_last_boxed_is_what_its_definition_says(pieces):
+    text = "".join(pieces)
+    assert last_boxed(text) == boxed_by_definition(text)
+
+
+@pytest.mark.parametrize("piece", ["{", "{}", "}", "\\{", "\\boxed", "\\boxed ", "\\boxed{", "\\boxed{}", "\\", " "])
+def test_last_boxed_of_a_megabyte_of_anything(piece):
+    text = piece * ((1 << 20) // len(piece))
+    assert last_boxed(text) == ("" if piece == "\\boxed{}" else None)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +133,18 @@ def test_last_boxed_of_a_megabyte_is_one_pass():
         ("12.34", "12.34000"),
         ("a b c \\ldots", "a b c \\ldots"),  # equal strings need no parsing
         ("9^{9^{9^9}}", "9^{9^{9^9}}"),
+        ("1 = x + y", "x + y = 1"),
+        ("y = 1 - x", "x + y = 1"),
+        ("7", "x = 7"),
+        ("2x", "f(x) = 2x"),
+        ("3\\sqrt{7}", "AE = 3\\sqrt{7}"),
+        ("89 + 19 = 108", "89+19=108"),
+        ("\\frac{10}{3} \\approx 3.33", "\\frac{10}{3}"),
+        ("17 \\cdot 3 = 51", "51"),
+        ("S = 17 \\cdot 3\n= 51", "51"),
+        ("a = 2b = 6", "6"),
+        ("\\frac{1}{2} = 0.5", "0.5"),
+        ("\\lfloor \\frac{n}{2} \\rfloor", "\\left\\lfloor \\frac{n}{2} \\right\\rfloor"),
     ],
 )
 def test_right(answer, ground_truth):
@@ -130,6 +186,21 @@ def test_right(answer, ground_truth):
         ("-987654321", "\\log_5 15"),  # simplified, a number of 690 million digits
         ("987654321", "\\frac{1}{\\ln 2}"),
         ("2 + 3i", "3 + 2i"),
+        ("1", "x + y = 1"),  # what stands behind the "=" is no equation
+        ("1", "xy = 1"),
+        ("0", "x + y + z = 0"),
+        ("0 = 0", "x + y = 1"),
+        ("0 = 0", "89+19=108"),
+        ("108", "89+19=108"),
+        ("1 = 2 = 3 = 4 = 5", "5"),  # Math-Verify takes the last
+        ("x = 1 = 2 = 5", "5"),
+        ("x = 5 \\lor x = 6", "6"),
+        ("x = 5 \\quad x = 6", "6"),
+        ("5 \\approx 6", "5"),  # and here the first
+        ("5 6", "11"),  # and here their sum
+        ("5 \\equiv 6", "6"),
+        ("5_6", "5 \\text{ cm}"),
+        ("5_{6}", "x = 5"),
     ],
 )
 def test_wrong(answer, ground_truth):
@@ -148,6 +219,15 @@ def test_wrong(answer, ground_truth):
         ("(" * 40 + "1" + ")" * 40, "2"),
         ("1" * 300, "2"),
         ("\\frac{1}{0}", "1/0"),
+        ("\\gcd(10, 15)", "5"),  # the question
+        ("\\operatorname{lcm}(4, 6)", "12"),
+        ("\\max(5, 4)", "5"),
+        ("\\min\\{5, 6\\}", "5"),
+        ("2^{10} \\bmod 7", "2"),
+        ("\\lim_{x \\to 0} 5", "5"),
+        ("\\lfloor 5.5 \\rfloor", "5"),
+        ("\\det\\begin{pmatrix} 5 \\end{pmatrix}", "5"),
+        ("\\frac{d}{dx} 5x", "5"),
     ],
 )
 def test_undecidable(answer, ground_truth):

@@ -88,6 +88,14 @@ def test_both_modes(response, fixed, paper):
     assert paper_score(response, TRUTH, {}) == pytest.approx(paper, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "cell, given, right", [(1.5, 1.5, 1), (1.5, "1.5", 1), (1.5, [], 0), (1.5, None, 0), (True, {}, 0)]
+)
+def test_what_can_be_no_cell_equals_none(cell, given, right):
+    truth = json.dumps({"header": ["a"], "rows": [[cell]]})
+    assert score(tagged(json.dumps({"rows": [[given]]})), truth, {}) == right
+
+
 def test_megabyte_answers():
     with pytest.raises(Undecidable, match="1000000 characters"):
         score(tagged("x" * 1_000_000), TRUTH, {})
