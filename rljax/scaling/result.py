@@ -31,6 +31,10 @@ from rljax.scaling.predict import Transfer, score
 FIELDS = ("form", "x", "params", "intervals", "r2", "r2_baseline", "per_curve", "warnings")
 """Of fit.json, all of them."""
 
+FEW_RUNS = 5
+"""A spread over fewer runs is itself too uncertain for percentiles: of three runs, `benchmarks/fits.py --noise runs`
+finds 84 of 100 intervals of one size's loss to hold the truth, and 90 or more of k_max and N0, which pool the sizes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
@@ -249,6 +253,11 @@ def warnings_of(fit: Fit) -> list[str]:
         found += _n0_warnings(fit)
     if fit.form.startswith("loglinear_kn") and len(sizes) == 2:
         found.append("two sizes give two slopes, and k_max and N0 are two parameters: nothing checks the law")
+    fewest = min(len(curve.runs) for curve in fit.curves)
+    if fit.draws is not None and fit.draws.over == "runs" and fewest < FEW_RUNS:
+        found.append(
+            f"intervals come from {fewest} runs of a size: with so few, those of one size's E and loss are too narrow"
+        )
     baseline = constant_baseline(fit.data)
     if fit.r2 <= baseline:
         found.append(f"R² {fit.r2:.4f} is no better than that of a constant per curve, {baseline:.4f}")

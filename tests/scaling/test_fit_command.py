@@ -149,6 +149,16 @@ def test_a_table_without_flops_is_fitted_on_samples(folder) -> None:
     assert fitted()["x"] == "samples"
 
 
+def test_intervals_from_few_runs_say_so(folder) -> None:
+    for seed in range(3):
+        write(folder / f"{seed}.csv", paper_curves(np.random.default_rng(seed), steps=20), run=f"r{seed}")
+    assert main(["fit", "0.csv", "1.csv", "2.csv", "--draws", "39"]) == 0
+    found = json.loads((folder / "fit.json").read_text())
+    assert found["intervals"]["over"] == "runs"
+    assert any("intervals come from 3 runs of a size" in warning for warning in found["warnings"])
+    assert [entry["runs"] for entry in found["per_curve"]] == [3] * 7
+
+
 def test_notes_of_the_table_are_warnings_of_the_fit(folder) -> None:
     with (folder / "curves.csv").open("a") as file:
         file.write("r,rljax,5e8,41,20992,1e17,1e8,,1\n")
