@@ -218,15 +218,32 @@ def _sweep_table(statuses: "Sequence[Status]") -> "Table":
 
 
 def _report(argv: list[str]) -> None:
-    """One self-contained HTML page of a run folder   RUN_DIR"""
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: rljax report RUN_DIR\n\n" + (_report.__doc__ or ""))
-        if argv not in (["--help"], ["-h"]):
-            raise ConfigError(f"rljax report was given {len(argv)} argument(s) and takes 1; give RUN_DIR")
+    """One self-contained HTML page of a run folder, or figures and one of a sweep   RUN_DIR | SWEEP_DIR | CURVES.csv"""
+    given = report_parser().parse_args(argv)
+    is_run = (Path(given.source) / "metrics.jsonl").is_file()
+    if Path(given.source).suffix == ".csv" or (not is_run and (Path(given.source) / "curves.csv").is_file()):
+        from rljax.scaling.sweep_page import write_sweep_report
+
+        print(write_sweep_report(given.source, given.output, beside=given.beside))
         return
+    if given.output or given.beside:
+        raise ConfigError(
+            f"--output and --beside are of a sweep or a table, and {given.source} is not one; leave them out"
+        )
     from rljax.scaling.report import write_report
 
-    print(write_report(argv[0]))
+    print(write_report(given.source))
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """Arguments of `rljax report`."""
+    parser = _Parser(prog="rljax report", allow_abbrev=False, description=(
+        "Writes RUN_DIR/report.html; of a sweep or a table of curves, figures (PNG, SVG) and one page with them."
+    ))  # fmt: skip
+    parser.add_argument("source", metavar="RUN_DIR | SWEEP_DIR | CURVES.csv")
+    parser.add_argument("--output", metavar="FOLDER", help="of a sweep or table; default: its own, or CURVES-report")
+    parser.add_argument("--beside", metavar="CURVES.csv", help="another table, such as the paper's, beside each figure")
+    return parser
 
 
 def _fit(argv: list[str]) -> None:

@@ -443,10 +443,10 @@ def test_a_tokenizer_larger_than_the_vocabulary(place: Place, refused: Refused) 
 # ------------------------------------------------------------------------------------------------- convert and report
 
 
-@pytest.mark.parametrize(("name", "takes"), [("convert", "SOURCE and DESTINATION"), ("report", "RUN_DIR")])
-def test_missing_arguments(refused: Refused, name: str, takes: str) -> None:
-    said = refused(name)
-    assert f"rljax {name} was given 0 argument(s)" in said and f"give {takes}" in said
+def test_missing_arguments(refused: Refused) -> None:
+    said = refused("convert")
+    assert "rljax convert was given 0 argument(s)" in said and "give SOURCE and DESTINATION" in said
+    assert "RUN_DIR | SWEEP_DIR | CURVES.csv" in refused("report")
 
 
 def test_convert_overwrites_nothing(place: Place, tmp_path: Path, refused: Refused) -> None:
@@ -485,6 +485,7 @@ def test_sft_overwrites_nothing(place: Place, tmp_path: Path, refused: Refused) 
 def test_report_of_no_run(tmp_path: Path, refused: Refused) -> None:
     said = refused("report", str(tmp_path))
     assert f"{tmp_path} holds neither metrics.jsonl nor curves.csv" in said and "give the run_dir of a run" in said
+    assert "--output and --beside are of a sweep or a table" in refused("report", str(tmp_path), "--output", "x")
 
 
 # ------------------------------------------------------------------------------------------------------- runs, resume

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from rljax.cli import COMMANDS, data_parser, main, reward_parser
+from rljax.cli import COMMANDS, data_parser, main, report_parser, reward_parser
 from rljax.config import ModelConfig, RunConfig
 from rljax.config_file import parse_config
 from rljax.data.records import read_records
@@ -132,6 +132,8 @@ def test_rljax_commands(place: int, walk: Walk) -> None:
         assert data_parser().parse_args(arguments[1:]).action == arguments[1]
     elif arguments[0] == "reward":
         assert reward_parser().parse_args(arguments[1:]).mode == "paper"
+    elif arguments[0] == "report":
+        assert report_parser().parse_args(arguments[1:]).source.endswith(".csv")
     elif arguments[0] in ("fit", "advise"):
         takes = {"fit": fit_arguments, "advise": advise_arguments}[arguments[0]]
         assert takes(argparse.ArgumentParser()).parse_args(arguments[1:])

@@ -1,0 +1,121 @@
+"""Figures of any table of curves: which there are, what they show, and the same bytes each time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from rljax.config import ConfigError
+from rljax.scaling import plot
+from rljax.scaling.curves import Curve, read_curves
+from rljax.scaling.figures import write_figures
+
+SIZES = (5e8, 1.5e9, 3e9, 7e9, 14e9)
+
+
+def law(size: float, samples: np.ndarray) -> np.ndarray:
+    return 10 ** (0.1 * size / (size + 5e9) * -np.log10(samples) + 0.05)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Five sizes, three runs of each, on two evaluation sets."""
+    rng = np.random.default_rng(0)
+    lines = ["run,source,eval,num_params,step,samples,flops,test_loss,repeats,group_size"]
+    for name in ("holdout", "gsm8k"):
+        for size in SIZES:
+            for run in range(3):
+                for step in range(1, 101):
+                    loss = law(size, np.array(512.0 * step)) + rng.normal(0, 0.004)
+                    row = (run, "base", name, size, step, 512 * step, 6 * size * 4e6 * step, loss, 1, 8)
+                    lines.append(",".join(map(str, row)))
+    path = tmp_path / "curves.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def names(files: list[Path]) -> set[str]:
+    assert {file.suffix for file in files} == {".png", ".svg"}
+    assert all(file.stat().st_size > 1000 for file in files)
+    return {file.stem for file in files}
+
+
+def test_a_sweep_over_sizes_has_every_figure_of_the_paper_it_has_data_for(table: Path, tmp_path: Path) -> None:
+    kinds = {f"{kind}_{x}" for kind in ("law", "inter", "intra", "slopes") for x in ("flops", "samples")}
+    kinds |= {"intervals", "evals_num_params", "evals_ends"}
+    assert names(write_figures(table, tmp_path / "f")) == {f"{kind}-base" for kind in kinds}
+
+
+def test_reuse_and_group_size(tmp_path: Path) -> None:
+    for column, wanted in (("tau", {"repeats_samples"}), ("rollout_n", {"group_size_samples"})):
+        path = tmp_path / f"{column}.csv"
+        rows = [f"base,{value},{step},{0.9 - 0.001 * step}" for value in (4, 8, 16) for step in range(1, 41)]
+        path.write_text(f"source,{column},step,loss\n" + "\n".join(rows))
+        assert names(write_figures(path, tmp_path / column)) == {f"{name}-base" for name in wanted}
+
+
+def test_beside_another_table_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+    for column in ("tau", "rollout_n"):
+        rows = [f"base,{value},{step},{0.9 - 0.001 * step}" for value in (4, 8) for step in range(1, 20)]
+        (tmp_path / f"{column}.csv").write_text(f"source,{column},step,loss\n" + "\n".join(rows))
+    tau, groups = tmp_path / "tau.csv", tmp_path / "rollout_n.csv"
+    beside, unlike = write_figures(tau, tmp_path / "a", beside=tau), write_figures(tau, tmp_path / "b", beside=groups)
+    again = write_figures(tau, tmp_path / "c", beside=tau)
+    from matplotlib.image import imread
+
+    assert imread(beside[0]).shape[1] == 3600 and imread(unlike[0]).shape[1] == 1800
+    assert [file.read_bytes() for file in beside] == [file.read_bytes() for file in again]
+
+
+def test_lines_are_solid_where_the_law_was_fitted_and_dashed_beyond(table: Path) -> None:
+    from rljax.scaling.figures import _early, _inter, span
+
+    curves, _ = read_curves(table, where={"source": "base", "eval": "holdout"})
+    law_of_early, seen = _early(curves, "samples", "ours")
+    _, extended = _inter(curves, "samples")
+    smaller = {curve.key: span(curve, "samples") for curve in curves[:-1]}
+    for fitted, spans, whole in ((law_of_early, seen, False), (extended, smaller, True)):
+        with plot.figure() as (_, axes):
+            plot.draw_law(axes[0, 0], curves, "samples", fitted=fitted, spans=spans)
+            lines = [line for line in axes[0, 0].get_lines() if len(line.get_xdata())]
+        solid, dashed = lines[0::2], lines[1::2]
+        assert len(solid) == len(dashed) == len(SIZES)
+        drawn = [np.isfinite(line.get_ydata()) for line in solid]
+        assert all((a ^ np.isfinite(b.get_ydata())).all() for a, b in zip(drawn, dashed, strict=True))
+        assert drawn[-1].any() == (not whole)  # the largest size was predicted, or each size's later half
+        assert drawn[0].all() == whole
+        x, y = solid[0].get_xdata()[drawn[0]], solid[0].get_ydata()[drawn[0]]
+        assert y == pytest.approx(law(SIZES[0], x), abs=0.01)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_smoothed_line_follows_the_curve_up_or_down(sign: int) -> None:
+    x = np.arange(1.0, 101.0)
+    truth = 0.7 + sign * 0.1 * np.log10(x)
+    line = plot.smooth(x, truth + np.random.default_rng(0).normal(0, 0.01, 100))
+    assert np.abs(line - truth).max() < 0.015
+    assert (sign * np.diff(line) >= -1e-12).all()
+
+
+def test_intervals_are_those_of_the_last_step_all_runs_have() -> None:
+    runs = np.array([[0.9, 0.8, 0.7], [0.9, 0.82, np.nan], [0.9, 0.84, np.nan]])
+    curve = Curve(1e9, np.array([1, 2, 3]), {"step": np.arange(1.0, 4.0)}, np.nanmean(runs, axis=0), runs)
+    with plot.figure() as (_, axes):
+        plot.draw_intervals(axes[0, 0], [curve])
+        (low, high) = axes[0, 0].containers[0][2][0].get_segments()[0][:, 1]
+    assert (low + high) / 2 == pytest.approx(0.82)
+    assert (high - low) / 2 == pytest.approx(4.302653 * 0.02 / 3**0.5, rel=1e-5)  # t of 2 degrees of freedom
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a file"):
+        write_figures(tmp_path / "none.csv", tmp_path)
+    one = tmp_path / "one.csv"
+    one.write_text("source,size_b,step,loss_mean\nbase,7,1,0.9\nbase,7,2,0.8\n")
+    with pytest.raises(ConfigError, match="compares several"):
+        write_figures(one, tmp_path)
+    one.write_text("source,size_b,step,loss_mean\n")
+    with pytest.raises(ConfigError, match="no row"):
+        write_figures(one, tmp_path)
