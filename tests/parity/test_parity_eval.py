@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rljax.cli import main
 from rljax.models.gguf import convert_gguf, demo_gguf
 
+pytestmark = pytest.mark.timeout(1800)  # transformers draws 16,384 tokens
+
 SETS = ("gsm8k", "math__math_500")
 PROMPTS, TOKENS, BATCH = 64, 128, 32
 
