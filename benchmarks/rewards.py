@@ -169,7 +169,7 @@ class Setup:
 
     def case(self, count: int, **more: object) -> Line:
         """No model takes part; the completions are all of about one length."""
-        return {"model": "none", "batch": count, "lengths": "fixed", "workers": self.workers, **more}
+        return {"items": count, "workers": self.workers, **more}
 
     def measure(self, name: str, run: Callable[[int], float], *, watched: bool = True) -> list[float]:
         """Seconds of the repeats that count. Raises Void when that is none.

@@ -68,7 +68,8 @@ def test_what_is_recorded_has_the_format() -> None:
     assert lines
     for line in lines:
         assert set(line) >= FIELDS, line
-        assert set(line["case"]) >= {"model", "batch", "lengths"}, line
+        if line["bench"] not in ("fits", "rewards"):  # which run no model
+            assert set(line["case"]) >= {"model", "batch", "lengths"}, line
         assert line["min"] <= line["median"] <= line["max"], line
         assert ("peer" in line) == ("peer_median" in line), line
 
