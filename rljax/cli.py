@@ -276,7 +276,8 @@ def _data(argv: list[str]) -> None:
         difficulty_field=options.difficulty_field,
         system_prompt=options.system_prompt,
     )
-    print(as_json(found) if options.json else as_text(found))
+    said = as_json(found) if options.json else as_text(found)
+    print(said.encode("utf-8", "backslashreplace").decode("utf-8"))  # half a surrogate pair, which JSON may hold
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -482,6 +482,15 @@ def test_sft_overwrites_nothing(place: Place, tmp_path: Path, refused: Refused) 
     assert f"sft.output = {tmp_path}/run/sft exists" in refused("sft", config, "--run_dir", str(tmp_path / "run"))
 
 
+def test_inspect_shows_what_has_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a surrogate pair, which JSON may hold."""
+    line = r'{"question": "a \ud800 b", "answer": "1", "data_source": "math"}'
+    (tmp_path / "x.jsonl").write_text(line + "\n")
+    for flags in ([], ["--json"]):
+        assert main(["data", "inspect", str(tmp_path / "x.jsonl"), *flags]) == 0
+        assert "ud800 b" in capsys.readouterr().out
+
+
 def test_report_of_no_run(tmp_path: Path, refused: Refused) -> None:
     said = refused("report", str(tmp_path))
     assert f"{tmp_path} holds neither metrics.jsonl nor curves.csv" in said and "give the run_dir of a run" in said

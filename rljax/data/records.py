@@ -112,13 +112,15 @@ def _path_rows(source: str, split: Split) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path.name}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{where}: not UTF-8 ({error}); give a JSONL file, as text") from error
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
             if not isinstance(row, dict):

@@ -1,5 +1,6 @@
 """Held-out measurement with the training sampler and the training rewards: test_loss = 1 - pass@1."""
 
+import ast
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +15,22 @@ from rljax.rewards.pool import Verdict, summarise
 from rljax.rewards.scorer import Scorer, Scoring
 from rljax.sampling.engine import Sampler
 from rljax.tokenizer import Tokenizer
-from rljax.types import LENGTH, Prompts, Rollouts, join_rollouts
+from rljax.types import LENGTH, PromptRecord, Prompts, Rollouts, join_rollouts
 
 STOP_REASONS = {0: "stop", LENGTH: "length"}
+
+
+def repaired_prompt(record: PromptRecord) -> PromptRecord:
+    """The messages that a prompt is the Python text of, as the paper's HumanEval file has them; others unchanged."""
+    content = record.prompt[-1]["content"]
+    if len(record.prompt) != 1 or not content.startswith("[{") or not record.data_source.startswith("codegen"):
+        return record
+    try:
+        messages = ast.literal_eval(content)
+        prompt = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages)
+    except (ValueError, SyntaxError, KeyError, TypeError):
+        return record
+    return dataclasses.replace(record, prompt=prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +143,8 @@ class Evaluation:
         self._config: EvaluationConfig = config.evaluation
         self._cap = config.evaluation.max_completion_tokens or config.sampling.max_completion_tokens
         records = read_records(self._config.data, split="eval", limit=self._config.max_prompts, seed=config.data.seed)
+        if config.reward.mode == "fixed":
+            records = [repaired_prompt(record) for record in records]
         records = with_system(records, config.data.system_prompt)
         encoded = encode_prompts(records, tokenizer)
         self._records, self._encoded, self.dropped = drop_overlong(

@@ -165,16 +165,49 @@ def rescore(folder: str, config: RewardConfig, output: str = "") -> list[SetResu
     to = Path(output) if output else Path(folder) / f"rescored-{config.mode}"
     if (to / PREDICTIONS).exists():
         raise ConfigError(f"{to} holds predictions already and is not overwritten; give another folder with --output")
-    about = json.loads((Path(folder) / RESULTS).read_text())
-    lines = [json.loads(text) for text in source.read_text(encoding="utf-8").splitlines() if text.strip()]
+    about, lines = _read_results(Path(folder) / RESULTS), _read_predictions(source)
     with open_scorer(config) as scorer:
         scorer.check({line["data_source"] for line in lines})
         scored = score_lines(lines, scorer)
     dropped = {s["name"]: s["dropped"] for s in about["sets"]}
     results = [summarise_set(name, part, dropped.get(name, 0)) for name, part in by_set(scored).items()]
     about = {name: value for name, value in about.items() if name not in ("sets", "overall")}
-    write_results(to, scored, results, about | {"mode": config.mode, "rescored_from": str(folder)})
+    # The mode also chooses the prompt of some sets (`held_out.repaired_prompt`), which scoring anew does not change.
+    sampled = {"sampled_in_mode": about.get("sampled_in_mode", about.get("mode"))}
+    write_results(to, scored, results, about | sampled | {"mode": config.mode, "rescored_from": str(folder)})
     return results
+
+
+_LINE = ("set", "place", "data_source", "response", "ground_truth", "extra_info", "stop_reason", "num_tokens")
+
+
+def _read_predictions(file: Path) -> list[dict[str, Any]]:
+    lines = []
+    # split, not splitlines: a completion may hold any of the characters Unicode calls a line end.
+    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{file}:{number}: not JSON ({error}); give the file as `rljax eval` wrote it") from error
+        missing = [name for name in _LINE if not isinstance(line, dict) or name not in line]
+        if missing:
+            raise ConfigError(f"{file}:{number}: no {', '.join(missing)}; give the file as `rljax eval` wrote it")
+        lines.append(line)
+    if not lines:
+        raise ConfigError(f"{file} holds no prediction; give the folder of an evaluation that came to its end")
+    return lines
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); give a folder that `rljax eval` wrote, whole") from error
+    if not isinstance(about, dict) or "sets" not in about:
+        raise ConfigError(f"{file} holds no sets; give a folder that `rljax eval` wrote, whole")
+    return about
 
 
 def score_lines(lines: Sequence[dict[str, Any]], scorer: Scorer) -> list[dict[str, Any]]:

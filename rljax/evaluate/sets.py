@@ -1,6 +1,5 @@
 """`rljax eval`: a policy on named sets, with standard errors, evaluated counts and its predictions saved."""
 
-import ast
 import dataclasses
 import logging
 import zlib
@@ -15,7 +14,7 @@ import numpy as np
 from rljax.config import ConfigError, RunConfig
 from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, stack_prompts, with_system
 from rljax.data.records import READERS, read_records
-from rljax.evaluate.held_out import STOP_REASONS, Scored, sample
+from rljax.evaluate.held_out import STOP_REASONS, Scored, repaired_prompt, sample
 from rljax.evaluate.predictions import PREDICTIONS, SetResult, summarise_set, write_results
 from rljax.models.lora import attach
 from rljax.policy import Policy, load_run, open_policy
@@ -101,19 +100,6 @@ def read_sets(sources: Sequence[str], *, limit: int = 0, seed: int = 0) -> list[
         EvalSet(name, read_records(file, split="eval", limit=limit, seed=seed))
         for name, file in zip(names, files, strict=True)
     ]
-
-
-def repaired_prompt(record: PromptRecord) -> PromptRecord:
-    """The messages that a prompt is the Python text of, as the paper's HumanEval file has them; others unchanged."""
-    content = record.prompt[-1]["content"]
-    if len(record.prompt) != 1 or not content.startswith("[{") or not record.data_source.startswith("codegen"):
-        return record
-    try:
-        messages = ast.literal_eval(content)
-        prompt = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages)
-    except (ValueError, SyntaxError, KeyError, TypeError):
-        return record
-    return dataclasses.replace(record, prompt=prompt)
 
 
 def _weights(config: RunConfig) -> tuple[Policy, Any, int | None]:

@@ -28,6 +28,19 @@ def checked_score(verifier: str, score: Any) -> float:
     return value
 
 
+_CHANGES_VALUE = re.compile(
+    r"(?<![A-Za-z])(?:hundred|thousand|million|billion|trillion|dozen|negative|minus|not|squared|cubed|half|halve|"
+    r"factorial)s?(?![A-Za-z])|(?<![A-Za-z])(?:or\s+(?:less|more|fewer|greater|above|below|higher|lower)|"
+    r"at\s+(?:least|most)|(?:less|more|fewer|greater)\s+than)(?![A-Za-z])",
+    re.IGNORECASE,
+)
+
+
+def words_of_value(answer: str) -> list[str]:
+    """Words beside a number that make it another one, or a range, sorted: 5 million is not 5, nor is 5 or less."""
+    return sorted(re.sub(r"\s+", " ", word.lower()) for word in _CHANGES_VALUE.findall(answer))
+
+
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 

@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from rljax.rewards.answers import Undecidable, last_boxed
+from rljax.rewards.answers import Undecidable, last_boxed, words_of_value
 from rljax.rewards.math_dapo import last_box
 from rljax.rewards.whole_text import agrees
 
@@ -17,6 +17,13 @@ _NUMBER = re.compile(
 )
 _MAX_NUMBER_CHARS = 100
 _BETWEEN_NUMBERS = re.compile(r"(?<=\d)(?:\\[!,;: ](?!\d{3}(?!\d))|\\?[$%])(?=\d)")
+
+_BESIDE = re.compile(
+    r"\\(?:text|textbf|mathrm|mbox|mathbf|boxed)(?![A-Za-z])|\\[()\[\]]|[^\W\d_]-(?=[^\W\d_])|[^\W\d_]|\*\*|/(?=[a-z]{2})|"
+    r"[\s.,:;=(){}\[\]'\"`$€£%#&°≈~]"
+)
+"""What may stand beside the number: words, a unit, currency, brackets; no sign, operator, root or comparison."""
+_FACTOR = re.compile(r"\s*[KkMBxyzn](?![A-Za-z])")
 
 _PAPER_MARKED = re.compile(r"#### (-?[0-9.,]+)")
 _PAPER_NUMBER = re.compile(r"-?[0-9.,]+")
@@ -71,9 +78,18 @@ def _value(answer: str) -> Fraction | None:
     numbers = _NUMBER.findall(answer)
     if len(numbers) != 1 or any(character.isnumeric() for character in _NUMBER.sub("", answer)):
         return None  # the second kind is 5.6.7, of which only 5.6 is a number, or 5½
+    before, _, after = answer.partition(numbers[0])
+    if not _is_plain(before.strip(), after) or words_of_value(answer):
+        return None
     if len(numbers[0]) > _MAX_NUMBER_CHARS:
         raise Undecidable(f"a number of {len(numbers[0])} characters; at most {_MAX_NUMBER_CHARS} are read")
     return Fraction(re.sub(r"[\s,]", "", numbers[0]))
+
+
+def _is_plain(before: str, after: str) -> bool:
+    """Whether what stands before and after a number leaves it that number: not 5K, -(5), 5! or 2x."""
+    rest = f"{before.removesuffix('+')} {after.removeprefix('-')}"
+    return not _FACTOR.match(after) and not _BESIDE.sub("", rest)
 
 
 def paper_score(response: str, ground_truth: str, extra_info: dict[str, Any]) -> float:

@@ -3,8 +3,9 @@ r"""Mathematical answers: the last `\boxed{}` against the ground truth, by strin
 This is the repaired rule, not the paper's `naive_dapo` cascade (`verl/utils/reward_score/` of arXiv 2509.25300): only a
 box answers; both sides are parsed whole, with delimiters, so that `\boxed{2}` is not `2\sqrt{3}`; integers are exact;
 50 is not 0.5; sets and unions have no order; an answer that hands the verifier the question, such as `\gcd(48, 18)`, is
-none. Arithmetic that an answer leaves undone, `2^{10}` or `\binom{9}{2}`, is still taken for its value, and of two
-units, `5 \text{ m}` and `5 \text{ cm}`, neither is read.
+none; 5 million is not 5, and values are those of the unknowns in their order. What is still taken: arithmetic left
+undone, `2^{10}` or `\binom{9}{2}`, for its value; of two units, `5 \text{ m}` and `5 \text{ cm}`, neither is read;
+`50\%` for 50 or 0.5; six decimals for an irrational number; a letter of the other case.
 
 Called in a worker of `pool.RewardPool`, which holds the wall-clock limit: Math-Verify's own is a SIGALRM handler, which
 does not run while an extension or a large power is being computed. The checks before parsing refuse what is known to be
@@ -19,7 +20,7 @@ import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.parser import normalize_latex
 
-from rljax.rewards.answers import Undecidable, last_boxed
+from rljax.rewards.answers import Undecidable, last_boxed, words_of_value
 
 _MAX_CHARS = 256
 _MAX_NESTING = 32
@@ -77,7 +78,8 @@ def score(response: str, ground_truth: str, extra_info: dict[str, Any]) -> float
 
 def _tidy(answer: str) -> str:
     """Without outer delimiters, final dot, thousands spacing, and the doubled backslashes of some data sets."""
-    answer = answer.replace("\N{MINUS SIGN}", "-").strip()
+    answer = answer.replace("\N{MINUS SIGN}", "-").replace("\\emptyset", "\\varnothing").strip()
+    answer = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])\s*", "", answer)
     if "\\\\" in answer and not re.search(r"(?<!\\)\\begin", answer):  # there, a doubled backslash ends a row
         answer = answer.replace("\\\\", "\\")
     for left, right in (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("$", "$")):
@@ -85,6 +87,8 @@ def _tidy(answer: str) -> str:
         if answer == left + inner + right and left not in inner:
             answer = inner.strip()
     answer = re.sub(r"(?<=\d)(?:,\\!|\{,\})\s*(?=\d{3}(?!\d))", "", answer)
+    if re.fullmatch(r"[-+]?\d{1,3}(?:\\[,;: ]\s*\d{3})+", answer):
+        answer = re.sub(r"[^-+\d]", "", answer)
     answer = re.sub(r"^\\?\$\s*(?=[-\d.])", "", answer)
     answer = answer.removesuffix(".").strip()
     return _POWER_OF_UNIT.sub(r"\1", answer)
@@ -131,6 +135,10 @@ def _compare_expressions(given: str, wanted: str) -> bool:
         raise Undecidable(f"{given!r} leaves the work to the verifier")
     if "=" not in wanted and _states_more_than_one(given):
         return False
+    if words_of_value(given) != words_of_value(wanted) and re.search(r"\d", given + wanted):
+        return False
+    if "=" not in given and (values := _values_by_name(wanted)):
+        return _compare_expressions(f"({_without_brackets(given)})", f"({','.join(values)})")
     gold, answer = _expression(wanted), _expression(given)
     if isinstance(gold, sympy.Eq) and not gold.free_symbols:  # about numbers: 0 = 0 is as true as 89 + 19 = 108
         return given.replace(" ", "") == wanted.replace(" ", "")
@@ -142,6 +150,22 @@ def _compare_expressions(given: str, wanted: str) -> bool:
         raise
     except Exception as error:  # sympy raises whatever it likes on what it cannot compare
         raise Undecidable(f"comparison failed: {type(error).__name__}: {error}") from error
+
+
+def _values_by_name(wanted: str) -> list[str]:
+    """Of x=2, y=1 the values in their order, which Math-Verify would take for a set; empty for anything else."""
+    sides = [part.split("=") for part in re.split(r",|\\text\s*\{\s*and\s*\}", wanted)]
+    if len(sides) < 2 or any(len(side) != 2 for side in sides):
+        return []
+    names = {name.strip() for name, _ in sides}
+    if len(names) < len(sides) or not all(re.fullmatch(r"[A-Za-z](?:_\{?\w+\}?)?", name) for name in names):
+        return []
+    return [value.strip() for _, value in sides]
+
+
+def _without_brackets(answer: str) -> str:
+    inner = re.fullmatch(r"(?:\\left)?\(([^()]*)\)", answer.replace("\\right)", ")"))
+    return inner[1] if inner else answer
 
 
 def _states_more_than_one(given: str) -> bool:

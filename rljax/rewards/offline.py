@@ -32,8 +32,13 @@ def score_file(path: str, config: RewardConfig, output: str = "") -> int:
         raise ConfigError(f"{path} does not exist; give a JSONL file with {', '.join(_REQUIRED)} in every line")
     if output and Path(output).exists():
         raise ConfigError(f"--output {output} exists and is not overwritten; give another file")
+    if output and not Path(output).resolve().parent.is_dir():
+        raise ConfigError(f"--output {output}: its folder is not there; make it, or give another file")
+    sources = {line["data_source"] for line in _lines(path)}
+    if not sources:
+        raise ConfigError(f"{path} holds no line; give a JSONL file with {', '.join(_REQUIRED)} in every line")
     with open_scorer(config) as scorer:
-        scorer.check({line["data_source"] for line in _lines(path)})
+        scorer.check(sources)
         with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as out:
             return _score_lines(path, scorer, out)
 
@@ -67,10 +72,15 @@ def scored_fields(verdict: Verdict) -> dict[str, Any]:
 
 
 def _lines(path: str) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as lines:
-        for number, text in enumerate(lines, 1):
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{Path(path).name}:{number}"
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{where}: not UTF-8 ({error}); give a JSONL file, as text") from error
             if text.strip():
-                yield _checked(text, f"{Path(path).name}:{number}")
+                yield _checked(text, where)
 
 
 def _checked(text: str, where: str) -> dict[str, Any]:

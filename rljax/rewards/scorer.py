@@ -192,6 +192,8 @@ def open_scorer(config: RewardConfig, function: RewardFunction | None = None) ->
       ConfigError: two rewards are given, or the file of `reward.file` is not there.
     """
     name: str = config.name
+    if name == CUSTOM:
+        raise ConfigError("reward.name = 'custom' is what a reward of your own is called; give it as reward.file")
     if function is not None and config.file:
         raise ConfigError(f"a reward function was given and reward.file = {config.file!r}, too; leave one out")
     if (function is not None or config.file) and name != "auto":
@@ -227,16 +229,20 @@ def check_reward_file(given: str) -> None:
 
 
 def hack_metrics(verdicts: Sequence[Verdict], others: Sequence[Verdict | None], mode: Mode) -> dict[str, float]:
-    """The hack meter: on which share of the completions scored in both modes the modes differ.
+    """The hack meter: on which share of the completions that both modes judged the modes differ.
 
     `reward/modes_differ_fraction`: they give another reward. `reward/hacked_fraction`: the paper's rule gives more than
-    the fixed one, which is what a policy can learn to exploit. Nothing where no completion was scored in both.
+    the fixed one, which is what a policy can learn to exploit. `reward/modes_unjudged_fraction`: of all completions
+    given to both, those that one or the other did not judge (unparseable, timeout, error), which is no hack. Nothing
+    where no completion was given to both.
     """
-    pairs = [(v.score, o.score) for v, o in zip(verdicts, others, strict=True) if o is not None]
-    if not pairs:
+    both = [(verdict, other) for verdict, other in zip(verdicts, others, strict=True) if other is not None]
+    if not both:
         return {}
-    paper_more = [(a - b if mode == "paper" else b - a) > 0 for a, b in pairs]
+    pairs = [(v.score, o.score) for v, o in both if v.status == o.status == "scored"]
+    paper_more = [(a > b if mode == "paper" else b > a) for a, b in pairs]
     return {
-        "reward/modes_differ_fraction": sum(a != b for a, b in pairs) / len(pairs),
-        "reward/hacked_fraction": sum(paper_more) / len(pairs),
+        "reward/modes_differ_fraction": sum(a != b for a, b in pairs) / max(len(pairs), 1),
+        "reward/hacked_fraction": sum(paper_more) / max(len(pairs), 1),
+        "reward/modes_unjudged_fraction": 1 - len(pairs) / len(both),
     }

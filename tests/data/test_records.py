@@ -235,3 +235,9 @@ def test_public_files(shared_data):
     assert set(zebra) == {"header", "rows"} and len(zebra["rows"][0]) == len(zebra["header"])
     for records in evals.values():
         json.dumps([r.extra_info for r in records], allow_nan=False)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ConfigError, match=r"x\.jsonl:1: not UTF-8"):
+        read_records(str(tmp_path / "x.jsonl"), split="train")

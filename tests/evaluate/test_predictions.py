@@ -1,6 +1,7 @@
 """Saved predictions: the table made of them, and scoring them anew without a model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,8 +127,28 @@ def test_rescoring_in_both_modes(saved: Path) -> None:
     assert [r.dropped for r in paper] == [3, 0]
     about = json.loads((saved.parent / "other" / RESULTS).read_text())
     assert (about["mode"], about["model"], about["rescored_from"]) == ("paper", "m", str(saved))
+    assert about["sampled_in_mode"] == json.loads((saved / "results.json").read_text())["mode"]
     with pytest.raises(ConfigError, match="rescored-fixed holds predictions already"):
         rescore(str(saved), RewardConfig(mode="fixed"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("predictions.jsonl", b"", "holds no prediction"),
+        ("predictions.jsonl", b"{\n", r"predictions\.jsonl:1: not JSON"),
+        ("predictions.jsonl", b"[1]\n", "no set, place"),
+        ("predictions.jsonl", b'{"set": "s"}\n', "no place, data_source"),
+        ("results.json", b"{", "cannot be read"),
+        ("results.json", b"[]", "holds no sets"),
+    ],
+)
+def test_damaged_files_are_refused(saved: Path, tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        rescore(str(folder), RewardConfig())
 
 
 def test_nothing_to_rescore(tmp_path: Path) -> None:

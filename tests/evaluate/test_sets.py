@@ -11,7 +11,8 @@ import yaml
 from rljax.cli import USAGE_ERROR, main
 from rljax.config import ConfigError
 from rljax.data.tasks import TASKS
-from rljax.evaluate.sets import read_sets, repaired_prompt
+from rljax.evaluate.held_out import repaired_prompt
+from rljax.evaluate.sets import read_sets
 from rljax.types import PromptRecord
 
 SETTINGS: dict[str, Any] = {

@@ -84,9 +84,21 @@ def test_bad_lines_are_refused_before_anything_is_scored(tmp_path: Path, capsys,
         (["FILE", "--workers", "0"], "--workers 0 must be at least 1"),
         (["FILE", "--output", "FILE"], "exists and is not overwritten"),
         (["FILE", "--name", "astrology"], "reward.name = 'astrology' is not known"),
+        (["FILE", "--name", "custom"], "reward.name = 'custom' is what a reward of your own is called"),
+        (["FILE", "--output", "no/folder/out.jsonl"], "its folder is not there"),
     ],
 )
 def test_bad_flags(tmp_path: Path, capsys, flags, says) -> None:
     file = write(tmp_path, LINES[:1])
     assert main(["reward", *(file if flag == "FILE" else flag for flag in flags)]) == USAGE_ERROR
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [(b"", "in.jsonl holds no line"), (b"\n\n", "holds no line"), (b"\xff\xfe{", "in.jsonl:1: not UTF-8")],
+)
+def test_files_that_are_not_lines(tmp_path: Path, capsys, content, says) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content)
+    assert main(["reward", str(tmp_path / "in.jsonl")]) == USAGE_ERROR
     assert says in capsys.readouterr().err

@@ -122,6 +122,8 @@ def test_two_rewards_are_refused(custom: Path) -> None:
         open_scorer(RewardConfig(file=f"{custom}:score"), half).__enter__()
     with pytest.raises(ConfigError, match=r"reward\.name = 'gsm8k' names a verifier"):
         open_scorer(RewardConfig(name="gsm8k"), half).__enter__()
+    with pytest.raises(ConfigError, match=r"reward\.name = 'custom' is what a reward of your own is called"):
+        open_scorer(RewardConfig(name="custom")).__enter__()  # type: ignore[arg-type]
 
 
 def test_both_modes_at_once() -> None:
@@ -136,6 +138,7 @@ def test_both_modes_at_once() -> None:
     assert hack_metrics(verdicts, others, "paper") == {
         "reward/modes_differ_fraction": 0.5,
         "reward/hacked_fraction": 0.5,
+        "reward/modes_unjudged_fraction": 0.0,
     }
 
 
@@ -147,8 +150,15 @@ def test_the_meter_counts_what_has_two_modes() -> None:
     assert hack_metrics(mine, other, "fixed") == {
         "reward/modes_differ_fraction": 1.0,
         "reward/hacked_fraction": 0.5,
+        "reward/modes_unjudged_fraction": 0.0,
     }
     assert hack_metrics(mine, [None] * 3, "fixed") == {}
+    late = Verdict(0.0, "timeout", 9.0)  # a right answer that one mode could not judge is no hack
+    assert hack_metrics([verdict(1), verdict(1)], [late, verdict(1)], "paper") == {
+        "reward/modes_differ_fraction": 0.0,
+        "reward/hacked_fraction": 0.0,
+        "reward/modes_unjudged_fraction": 0.5,
+    }
 
 
 def test_a_source_without_a_verifier_is_refused_before_anything_is_scored() -> None:
