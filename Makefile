@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The CPU is what is tested; a GPU or TPU that happens to be there must not change the numbers.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart demo test parity lint clean bench-peers bench-sampling bench-step golden-trl golden-smoke
+.PHONY: quickstart demo test coverage parity lint clean bench-peers bench-sampling bench-step golden-trl golden-smoke
 
 quickstart: $(VENV)/installed  ## a tiny model learns column addition; minutes on two cores
 	rm -rf runs/quickstart
@@ -22,6 +22,10 @@ demo: $(VENV)/demo  ## real SmolLM2-135M on real GSM8K problems, three steps
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2
+
+coverage: $(VENV)/dev  ## branches of the rewards that their tests reach
+	$(BIN)/python -m pytest -q -n 2 tests/rewards --ignore tests/rewards/test_hostile.py \
+		--cov=rljax.rewards --cov-branch --cov-report=term-missing
 
 parity: $(PARITY)/installed  ## against transformers on torch, in an environment of its own
 	$(PARITY)/bin/python -m pytest -q tests/parity

@@ -258,3 +258,32 @@ def test_the_papers_answers_equal_themselves_and_no_other_number(shared_data, na
         except Undecidable:
             undecidable += 1
     assert undecidable < 0.03 * len(truths)
+
+
+@pytest.mark.parametrize(
+    ("given", "truth", "says"),
+    [
+        ("x+1", "}{x", "unbalanced braces"),
+        ("x+1", "{x", "unbalanced braces"),
+        (",".join("1" * 102), "1,2", "more than 100 elements"),
+    ],
+)
+def test_what_is_not_read_says_why(given: str, truth: str, says: str) -> None:
+    with pytest.raises(Undecidable, match=says):
+        score(f"\\boxed{{{given}}}", truth, {})
+
+
+def test_a_bracket_that_an_exponent_leaves_open_reaches_to_the_end() -> None:
+    with pytest.raises(Undecidable, match="large power"):
+        score("\\boxed{2^(3^4}", "x", {})
+
+
+def test_no_memory_is_not_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker that ran out of it is replaced: `worker.py`."""
+
+    def out_of_memory(*_: object, **__: object) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr("rljax.rewards.math.verify", out_of_memory)
+    with pytest.raises(MemoryError):
+        score("\\boxed{x+1}", "x+2", {})

@@ -195,8 +195,8 @@ def test_workers_die_with_a_parent_that_is_killed():
         "pids = [v.message for v in pool.score([RewardItem('pid', '', '')] * 4)]\n"
         "pool.submit([RewardItem('hold_the_lock', '', '')])\n"
         "time.sleep(0.5)\n"
-        "workers = [p for p in os.listdir('/proc') if p.isdigit() and int(open(f'/proc/{p}/stat').read()"
-        ".rpartition(')')[2].split()[1]) == os.getpid()]\n"
+        "threads = os.listdir('/proc/self/task')\n"
+        "workers = ' '.join(open(f'/proc/self/task/{t}/children').read() for t in threads).split()\n"
         "print(*workers, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
