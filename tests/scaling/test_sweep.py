@@ -191,7 +191,9 @@ def test_the_printed_commands_are_what_the_sweep_does(unbroken: Path, tmp_path: 
 
 
 def test_ended_by_a_signal_it_ends_its_run_too(tmp_path: Path) -> None:
-    file = write(tmp_path, settings=SETTINGS | {"steps": 0}, axes={"tau": [1], "repeats": [9]})
+    # A warm start that is still at work when the signal comes, however fast the machine.
+    endless = {"sft": {"steps": 1_000_000}}
+    file = write(tmp_path, settings=SETTINGS | {"steps": 0}, axes={"tau": [1], "repeats": [9]}, warm_start=endless)
     log = tmp_path / "out" / "logs" / "start-start.log"
     process = subprocess.Popen(
         [sys.executable, "-m", "rljax.cli", "sweep", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
