@@ -41,8 +41,7 @@ from workloads import ARCHS, DEFAULT_TRAINING_ROWS, TRAINING_ROWS
 
 from rljax.config import ARCHITECTURES
 from rljax.models.attention import AttentionLayout, attention
-from rljax.models.qwen2 import logits, param_shapes
-from rljax.models.scoring import head_params
+from rljax.models.qwen2 import head_params, logits, param_shapes
 from rljax.rl.head import Head
 from rljax.types import TrainBatch
 

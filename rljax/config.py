@@ -112,6 +112,9 @@ class ModelConfig:
     """Hub revision (commit) of `path`; empty: the newest."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; masters are float32. auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    head_dtype: Literal["auto", "float32"] = "auto"
+    """Operands of the logits, whose sums are float32 either way. auto: the compute dtype; float32 brings sampler and
+    learner nearer to each other (MiniMax-M1, arXiv:2506.13585; ScaleRL, arXiv:2510.13786) for a slower head."""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     """What the backward pass recomputes: nothing, everything but matmuls, or each whole layer. auto: the first of these
     whose activations fit the memory; a run notes its choice in config.yaml and continues with it."""

@@ -43,6 +43,7 @@ class Policy:
     tokenizer: Tokenizer
     mesh: Mesh
     compute_dtype: str
+    head_dtype: str
     source: Path | None
     """Folder the parameters come from; None: random."""
     lora: LoraConfig
@@ -94,6 +95,7 @@ class Policy:
             self.mesh,
             stop_ids=self.tokenizer.stop_ids,
             compute_dtype=self.compute_dtype,
+            head_dtype=self.head_dtype,
             options=EngineOptions(
                 chunk_tokens=config.chunk_tokens,
                 growth=config.cache_growth,
@@ -128,11 +130,13 @@ def open_policy(config: RunConfig) -> Policy:
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {arch.vocab_size} vocabulary rows; "
             "give model.tokenizer the tokenizer the model was trained with"
         )
+    compute_dtype = resolve_dtype(config.model.compute_dtype)
     policy = Policy(
         arch=dataclasses.replace(arch, num_tokens=tokenizer.vocab_size),
         tokenizer=tokenizer,
         mesh=make_mesh(config.mesh),
-        compute_dtype=resolve_dtype(config.model.compute_dtype),
+        compute_dtype=compute_dtype,
+        head_dtype=compute_dtype if config.model.head_dtype == "auto" else config.model.head_dtype,
         source=source,
         lora=config.lora,
     )

@@ -60,13 +60,14 @@ def sft_update(
             temperature=1.0,
             compute_dtype=compute.dtype,
             remat=compute.remat,
+            head_dtype=compute.head_dtype,
         )
 
     def gradient(rows: TrainBatch) -> tuple[Params, Metrics]:
         return jax.grad(whole_loss, has_aux=True)(state.params, rows)
 
     grads, metrics = sum_over_microbatches(gradient, batch, num_microbatches)
-    state, applied = apply_gradients(state, grads, optimizer)
+    state, applied = apply_gradients(state, grads, optimizer, batch.loss_mask.sum(dtype=jnp.int32))
     return state, metrics | applied
 
 
@@ -144,7 +145,7 @@ def sft(config: RunConfig) -> Path:
     )
     trained_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     remat = choose_remat(config.model.remat, policy.arch, policy.mesh, shape, policy.compute_dtype, trained_params)
-    compute = Compute(policy.compute_dtype, remat.rung, lora_scale=config.lora.scale)
+    compute = Compute(policy.compute_dtype, remat.rung, lora_scale=config.lora.scale, head_dtype=policy.head_dtype)
     started = time.perf_counter()
     for step in range(1, settings.steps + 1):
         places = range((step - 1) * settings.batch_size, step * settings.batch_size)

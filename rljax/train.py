@@ -251,7 +251,7 @@ def _open_run(
     algorithm = config.algorithm
     base, with_kl = policy.load_base(config.seed), algorithm.kl_coefficient > 0
     if store is not None and store.latest_step() is not None:
-        saved, host, first_step = store.restore(checkpoint_shapes(shapes, config.algorithm, policy.compute_dtype))
+        saved, host, first_step = store.restore(checkpoint_shapes(shapes, config.algorithm, policy.head_dtype))
         require_same_config(host["config"], dataclasses.asdict(config))
         pipeline.set_state(host["data"])
         counters, seconds = Counters(**host["counters"]), host["accelerator_seconds"]
@@ -267,7 +267,7 @@ def _open_run(
     if with_kl and base is not None:
         reference = base
     elif with_kl and params is not None:
-        reference = reference_copy(params, reference_dtype(config.algorithm, policy.compute_dtype))
+        reference = reference_copy(params, reference_dtype(config.algorithm, policy.head_dtype))
     sampler = policy.sampler(config.sampling)
     sampler.sync(attach(base, state.params, config.lora.scale))
     sampler.block_until_ready()  # with the weights in place, what is free is an update's
@@ -284,7 +284,9 @@ def _open_run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FINISHED).unlink(missing_ok=True)  # first: it would speak of what the next line replaces
     (folder / "config.yaml").write_text(dump_config(config))
-    compute = Compute(policy.compute_dtype, remat, config.sampling.temperature, lora_scale=config.lora.scale)
+    compute = Compute(
+        policy.compute_dtype, remat, config.sampling.temperature, config.lora.scale, head_dtype=policy.head_dtype
+    )
     learner = Learner(
         state, reference, policy.arch, policy.mesh, config.algorithm, config.optimizer, compute, base=base
     )

@@ -132,4 +132,4 @@ class TrainState:
     params: Any  # learner layout, float32 masters
     opt_state: Any
     updates: jax.Array  # [] int32, optimizer updates attempted
-    skipped: jax.Array  # [] int32, of those, skipped because the gradient was not finite
+    skipped: jax.Array  # [] int32, of those, skipped: of no token, or not finite

@@ -523,7 +523,7 @@ def state_of(run: Path) -> tuple[Any, dict[str, Any], int]:
     store = CheckpointStore(run / "checkpoints", None)
     try:
         shapes = state_shapes(policy.trained_shapes, config.optimizer, policy.mesh)
-        return store.restore(checkpoint_shapes(shapes, config.algorithm, policy.compute_dtype))
+        return store.restore(checkpoint_shapes(shapes, config.algorithm, policy.head_dtype))
     finally:
         store.close()
 

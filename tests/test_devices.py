@@ -13,7 +13,7 @@ import pytest
 
 SCRIPT = r"""
 import dataclasses, json, math, re, sys
-import jax, numpy as np
+import jax, numpy as np, optax
 sys.path.insert(0, sys.argv[1])
 from conftest import TINY, make_prompts
 from rljax.config import AlgorithmConfig, LoraConfig, MeshConfig, OptimizerConfig
@@ -62,6 +62,19 @@ def run(mesh):
     state, reference = jax.device_get((learner.state, learner.reference))
     return rollouts, state, floats, max(gathered, default=0), long, reference
 
+def gradient(mesh, rollouts, loss):
+    '''First moment of an update's optimizer, (1 - b1) times its gradient; KL on, old log-probs those of the sampler.'''
+    shardings = param_shardings(mesh, qwen2.param_shapes(TINY), qwen2.param_axes(TINY), LEARNER_RULES)
+    params = jax.device_put(far_from_uniform(), shardings)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    optimizer = OptimizerConfig(max_grad_norm=0.0)
+    algorithm = AlgorithmConfig(updates_per_step=1, microbatch_tokens=256, loss=loss, old_logprobs="behaviour",
+                                kl_coefficient=0.1, aggregation="seq_mean_token_mean")
+    learner = Learner(fresh_state(params, state_shapes(shapes, optimizer, mesh), optimizer), params, TINY, mesh,
+                      algorithm, optimizer, Compute())
+    learner.step(rollouts, np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))
+    return jax.device_get(optax.tree_utils.tree_get(learner.state.opt_state, "mu"))
+
 def adapted(mesh, rollouts):
     '''An adapter's update and the sync after it: (adapter, sampler's parameters, norm of the gradient).'''
     lora = LoraConfig(rank=3)
@@ -80,7 +93,9 @@ def adapted(mesh, rollouts):
     sampler = Sampler(learner.params, TINY, mesh, stop_ids=(1,))
     return jax.device_get((learner.state.params, sampler._params)), norm.value()
 
-one = run(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+alone = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+one = run(alone)
+gradients = {loss: gradient(alone, one[0], loss) for loss in ("clip", "gspo")}
 result = {}
 for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("data 2 x tensor 2", MeshConfig(data=2, fsdp=1, tensor=2)),
                      ("data 2", MeshConfig(data=2, fsdp=1))):
@@ -104,13 +119,16 @@ for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("data 2 x tensor 2", MeshC
         "grad_norm": abs(one[2]["policy/grad_norm"] - many[2]["policy/grad_norm"]) / one[2]["policy/grad_norm"],
     }
     result[name]["biggest_gather"] = many[3]
+    for loss, whole in gradients.items():
+        apart = jax.tree.map(np.subtract, gradient(make_mesh(config, devices), one[0], loss), whole)
+        result[name]["gradient of " + loss] = float(optax.tree.norm(apart) / optax.tree.norm(whole))
     if many[4] is not None:
         result[name] |= {
             "long_tokens": int(one[4].lengths.sum()),
             "long_different": int((one[4].tokens != many[4].tokens).sum()),
             "long_logprob": float(np.abs(one[4].behaviour_logprobs - many[4].behaviour_logprobs).max()),
         }
-(trees, norm), (other_trees, other_norm) = adapted(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), one[0]), adapted(
+(trees, norm), (other_trees, other_norm) = adapted(alone, one[0]), adapted(
     make_mesh(MeshConfig(fsdp=2, tensor=2)), one[0])
 result["adapter"] = {
     "params": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (trees, other_trees)), strict=True)),
@@ -150,6 +168,7 @@ def test_many_devices_equal_one(differences: dict[str, dict[str, float]], mesh: 
     assert difference["biggest_gather"] < (48 if "tensor" in mesh else 576) * 32
     assert difference["logprob"] < 2e-6
     assert difference["grad_norm"] < 2e-6
+    assert difference["gradient of clip"] < 1e-6 and difference["gradient of gspo"] < 1e-6
     # AdamW turns a gradient near 0 into a whole step of the learning rate, whatever its rounding: hence not 1e-6.
     assert difference["params"] < 2e-5
     assert difference["reference"] < 2e-5 and difference["reference_moved"] > 1e-4

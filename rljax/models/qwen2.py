@@ -22,7 +22,16 @@ import jax.numpy as jnp
 
 from rljax.config import Architecture
 from rljax.models.attention import NEVER, AttentionLayout, attention
-from rljax.models.layers import LINEARS, PRODUCT, Rope, decoder_block, dot, merge_adapters, rms_norm, rope_tables
+from rljax.models.layers import (
+    LINEARS,
+    PRODUCT,
+    Rope,
+    decoder_block,
+    dot_to_float32,
+    merge_adapters,
+    rms_norm,
+    rope_tables,
+)
 
 Params = dict[str, Any]
 
@@ -89,6 +98,8 @@ class Decoder(nn.Module):
     arch: Architecture
     compute_dtype: Any = jnp.float32
     remat: str = "none"
+    head_dtype: Any = None
+    """Of the final norm and its result, in which `logits` multiplies; None: the compute dtype."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array, layout: AttentionLayout) -> jax.Array:
@@ -111,7 +122,7 @@ class Decoder(nn.Module):
         )
         x, _ = layers(a, name="layers")(x, rope_tables(positions, a.head_dim, a.rope_theta), layout)
         scale: Any = self.param("final_norm", _initializer("final_norm", ("norm",)), (a.hidden_size,))
-        return rms_norm(x, scale, a.rms_norm_eps)
+        return rms_norm(x.astype(self.head_dtype or self.compute_dtype), scale, a.rms_norm_eps)
 
 
 def _declare(arch: Architecture, key: jax.Array) -> Any:
@@ -145,18 +156,32 @@ def forward(
     *,
     compute_dtype: Any = jnp.float32,
     remat: str = "none",
+    head_dtype: Any = None,
 ) -> jax.Array:
-    """Final hidden states [B, T, D] of `tokens` [B, T] at rotary `positions` [B, T], learner layout."""
-    return Decoder(arch, compute_dtype, remat).apply({"params": params}, tokens, positions, layout)  # type: ignore[return-value]
+    """Final hidden states [B, T, D] of `tokens` [B, T] at rotary `positions` [B, T], learner layout, in `head_dtype`
+    (None: the compute dtype)."""
+    decoder = Decoder(arch, compute_dtype, remat, head_dtype)
+    return decoder.apply({"params": params}, tokens, positions, layout)  # type: ignore[return-value]
+
+
+def head_params(params: Params, arch: Architecture) -> Params:
+    """What `logits` uses of `params`."""
+    return {_head_name(arch): params[_head_name(arch)]}
+
+
+def _head_name(arch: Architecture) -> str:
+    return "embed" if arch.tied_embeddings else "head"
 
 
 def logits(params: Params, arch: Architecture, hidden: jax.Array) -> jax.Array:
-    """float32 [..., V] from hidden [..., D], either layout; vocabulary rows that are no token get `NEVER`."""
+    """float32 [..., V] from hidden [..., D], either layout; vocabulary rows that are no token get `NEVER`.
+
+    Operands have the dtype of `hidden`, sums are float32.
+    """
     if arch.tied_embeddings:
-        scores = dot("...d,vd->...v", hidden, params["embed"])
+        scores = dot_to_float32("...d,vd->...v", hidden, params["embed"])
     else:
-        scores = dot("...d,dv->...v", hidden, params["head"])
-    scores = scores.astype(jnp.float32)
+        scores = dot_to_float32("...d,dv->...v", hidden, params["head"])
     if 0 < arch.num_tokens < arch.vocab_size:
         scores = jnp.where(jnp.arange(arch.vocab_size) < arch.num_tokens, scores, NEVER)
     return scores
@@ -165,8 +190,12 @@ def logits(params: Params, arch: Architecture, hidden: jax.Array) -> jax.Array:
 # ----------------------------------------------------------------------------------------------------- sampler layout
 
 
-def sampler_params(params: Params, arch: Architecture, compute_dtype: Any) -> Params:
-    """Learner layout to sampler layout: unstack, merge adapters, cast, fuse. Jitted by the caller: the weight sync."""
+def sampler_params(params: Params, arch: Architecture, compute_dtype: Any, head_dtype: Any = None) -> Params:
+    """Learner layout to sampler layout: unstack, merge adapters, cast, fuse. Jitted by the caller: the weight sync.
+
+    Args:
+      head_dtype: of the final norm and the head, and so of `final_states` and their logits; None: the compute dtype.
+    """
     groups = arch.num_heads // arch.num_kv_heads
 
     def fuse(weights: Params) -> Params:
@@ -183,14 +212,31 @@ def sampler_params(params: Params, arch: Architecture, compute_dtype: Any) -> Pa
         fused["down"] = weights["down"].T
         return fused
 
-    def cast(tree: Params) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(compute_dtype), tree)
+    def cast(tree: Params, dtype: Any = compute_dtype) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
     layers = [
         fuse(cast(merge_adapters({name: leaf[i] for name, leaf in params["layers"].items()})))
         for i in range(arch.num_layers)
     ]
-    return {**cast({name: params[name] for name in params if name != "layers"}), "layers": layers}
+    outside = {name: params[name] for name in params if name != "layers"}
+    at_the_end = {name: outside.pop(name) for name in ("final_norm", _head_name(arch))}
+    return {**cast(outside), **cast(at_the_end, head_dtype or compute_dtype), "layers": layers}
+
+
+def block_dtype(params: Params) -> Any:
+    """Of the blocks' arithmetic and caches; `params` in the sampler layout."""
+    return params["layers"][0]["o"].dtype
+
+
+def embedded(params: Params, tokens: jax.Array) -> jax.Array:
+    """What the blocks start from, [..., D] of `tokens` [...], sampler layout."""
+    return params["embed"][tokens].astype(block_dtype(params))
+
+
+def final_states(params: Params, arch: Architecture, x: jax.Array) -> jax.Array:
+    """What `logits` takes, [..., D] of the last block's `x` [..., D], sampler layout."""
+    return rms_norm(x.astype(params["final_norm"].dtype), params["final_norm"], arch.rms_norm_eps)
 
 
 def sampler_param_axes(arch: Architecture) -> Params:
@@ -227,10 +273,10 @@ def prefill(
     def layer(weights: Params, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return decoder_block(weights, arch, x, rope, attend)
 
-    x = params["embed"][tokens]
+    x = embedded(params, tokens)
     keys, values = [], []
     for weights in params["layers"]:
         x, (k, v) = layer(weights, x)
         keys.append(k)
         values.append(v)
-    return rms_norm(x, params["final_norm"], arch.rms_norm_eps), keys, values
+    return final_states(params, arch, x), keys, values

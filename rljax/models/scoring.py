@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rljax.config import Architecture
 from rljax.mesh import AXES, ROWS
-from rljax.models.qwen2 import Params, logits
+from rljax.models.qwen2 import Params, head_params, logits
 
 MAX_LOGITS = 2**24
 """Logits alive at once on a CPU: 64 MB of float32, of which its caches still hold a part."""
@@ -115,12 +115,6 @@ def token_logprobs(
 
     rows = (jnp.asarray(x) for x in (hidden, source, tokens, mask))
     return on_own_rows(run, rows=4)(head_params(params, arch), *rows)
-
-
-def head_params(params: Params, arch: Architecture) -> Params:
-    """What `logits` uses of `params`."""
-    name = "embed" if arch.tied_embeddings else "head"
-    return {name: params[name]}
 
 
 def on_own_rows(function: Callable[..., Any], *, rows: int, out_specs: Any = ROWS) -> Callable[..., Any]:

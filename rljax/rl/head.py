@@ -19,11 +19,10 @@ from jax.sharding import PartitionSpec
 from rljax.config import Architecture
 from rljax.mesh import ROWS
 from rljax.metrics import Max, Metric, Min, merge
-from rljax.models.qwen2 import Params
+from rljax.models.qwen2 import Params, head_params
 from rljax.models.scoring import (
     Lined,
     chunk_tokens,
-    head_params,
     on_own_rows,
     score_tokens,
     splits_rows,
@@ -48,6 +47,7 @@ def batch_loss(
     temperature: float = 1.0,
     compute_dtype: Any = jnp.float32,
     remat: str = "none",
+    head_dtype: Any = None,
 ) -> tuple[jax.Array, Metrics]:
     """`loss` of the log-probs of `batch` under `params`, and its metrics; has a gradient by `params`.
 
@@ -56,7 +56,7 @@ def batch_loss(
         whole batch [B, T].
       train_head: whether the head's own weights have a gradient; otherwise that is 0, and a product less.
     """
-    hidden = batch_states(params, arch, batch, compute_dtype=compute_dtype, remat=remat)
+    hidden = batch_states(params, arch, batch, compute_dtype=compute_dtype, remat=remat, head_dtype=head_dtype)
     head = Head(loss, arch, temperature, by_token, train_head)
     return _through_head(head, head_params(params, arch), hidden, jax.tree.map(jnp.asarray, batch))
 

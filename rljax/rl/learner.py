@@ -68,16 +68,16 @@ def _moved(reference: Params, params: Params, share: jax.Array | float) -> Param
     return jax.tree.map(lambda old, new: old + share * (new - old), reference, params)
 
 
-def reference_dtype(algorithm: AlgorithmConfig, compute_dtype: str) -> str:
-    """The arithmetic's, in which a reference is only read. A running mean moves by less than bfloat16 resolves."""
-    return "float32" if algorithm.reference_update == "ema" else compute_dtype
+def reference_dtype(algorithm: AlgorithmConfig, head_dtype: str) -> str:
+    """The head's, the widest it is read in. A running mean moves by less than bfloat16 resolves."""
+    return "float32" if algorithm.reference_update == "ema" else head_dtype
 
 
-def checkpoint_shapes(shapes: TrainState, algorithm: AlgorithmConfig, compute_dtype: str) -> dict[str, Any]:
+def checkpoint_shapes(shapes: TrainState, algorithm: AlgorithmConfig, head_dtype: str) -> dict[str, Any]:
     """What `Learner.checkpoint_state` gives for a state of `shapes`, as `ShapeDtypeStruct` with shardings."""
     saved = dict(vars(shapes))
     if algorithm.reference_update != "fixed":
-        dtype = reference_dtype(algorithm, compute_dtype)
+        dtype = reference_dtype(algorithm, head_dtype)
         saved["reference"] = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), shapes.params
         )
@@ -115,6 +115,7 @@ class UpdateRows:
 
     batch: TrainBatch  # [M, b, T] leaves
     num_microbatches: np.ndarray  # [] int32, those in use
+    num_tokens: np.ndarray  # [] int32 of the loss, groups left out for having no gradient included
     packing: Packing
     forward: FlopCount  # of scoring it once
     metrics: dict[str, Metric]
@@ -168,7 +169,7 @@ class Learner:
             with jax.set_mesh(self.mesh):
                 for params in scored:
                     score.lower(params, batch, count, arch=self.arch, compute=self.compute).compile()
-                grpo_update.lower(state, batch, count, base, **self._constants).compile()
+                grpo_update.lower(state, batch, count, base, count, **self._constants).compile()
 
         background = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._preparing = background.submit(compile_all)
@@ -209,6 +210,7 @@ class Learner:
                     self._on_device(rows.batch),
                     rows.num_microbatches,
                     self.base,
+                    rows.num_tokens,
                     **self._constants,
                 )
                 if index == 0:
@@ -224,7 +226,8 @@ class Learner:
             assert self.reference is not None, "there is no reference model; algorithm.kl_coefficient is 0"
             self.reference = _moved(self.reference, self.state.params, 1 - algorithm.reference_ema_decay)
         elif algorithm.reference_update == "periodic" and step % algorithm.reference_every_steps == 0:
-            self.reference = reference_copy(self.state.params, self.compute.dtype)
+            dtype = reference_dtype(algorithm, self.compute.head_dtype or self.compute.dtype)
+            self.reference = reference_copy(self.state.params, dtype)
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What cannot be had again: the fields of the state, and the reference where it moves."""
@@ -281,6 +284,7 @@ class Learner:
         return UpdateRows(
             batch,
             np.int32(in_use),  # type: ignore[arg-type]
+            np.int32(lengths.sum()),  # type: ignore[arg-type]
             packing,
             forward,
             {

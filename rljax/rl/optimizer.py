@@ -108,7 +108,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The rule and its moments' dtype; clipping and the refusal of what is not finite are in `apply_gradients`."""
+    """The rule and its moments' dtype; clipping, and what is refused, are in `apply_gradients`."""
     optimizer = OPTIMIZERS[config.name](config)
     return moments_in_bfloat16(optimizer) if config.moments_dtype == "bfloat16" else optimizer
 
@@ -178,12 +178,18 @@ def init_state(params: Params, config: OptimizerConfig) -> TrainState:
     return TrainState(copy, make_optimizer(config).init(copy), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def apply_gradients(state: TrainState, grads: Params, config: OptimizerConfig) -> tuple[TrainState, dict[str, Metric]]:
-    """Clips by global norm and steps. A gradient that is not finite changes nothing but the counters.
+def apply_gradients(
+    state: TrainState, grads: Params, config: OptimizerConfig, num_tokens: jax.Array
+) -> tuple[TrainState, dict[str, Metric]]:
+    """Clips by global norm and steps. A gradient that is not finite, or of no token at all, changes nothing but the
+    counters: of no token it is 0, but weight decay and old momentum would move the parameters all the same.
 
     The finite check comes before clipping, which would turn one infinity into zeros everywhere else, and is not
     `optax.apply_if_finite`, which lets the gradient in after some refusals in a row. Torch's clip:
     scale = min(1, max_norm / (norm + 1e-6)).
+
+    Args:
+      num_tokens: [] int32, tokens of the loss.
     """
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
@@ -192,8 +198,9 @@ def apply_gradients(state: TrainState, grads: Params, config: OptimizerConfig) -
         grads = jax.tree.map(lambda g: g * scale, grads)
     changes, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     stepped = (optax.apply_updates(state.params, changes), opt_state)
-    params, opt_state = jax.tree.map(partial(jnp.where, finite), stepped, (state.params, state.opt_state))
-    skipped = (~finite).astype(jnp.int32)
+    taken = finite & (num_tokens > 0)
+    params, opt_state = jax.tree.map(partial(jnp.where, taken), stepped, (state.params, state.opt_state))
+    skipped = (~taken).astype(jnp.int32)
     rate = jnp.asarray(learning_rate_schedule(config)(state.updates - state.skipped), jnp.float32)
     metrics: dict[str, Metric] = {
         "policy/grad_norm": WeightedMean(jnp.where(finite, norm, 0.0), finite.astype(jnp.float32)),

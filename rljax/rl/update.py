@@ -31,6 +31,8 @@ class Compute:
     temperature: float = 1.0
     lora_scale: float = 1.0
     """Factor of a LoRA adapter's product."""
+    head_dtype: str = ""
+    """Of the loss head's operands; empty: `dtype`."""
 
 
 def sum_over_microbatches(
@@ -65,6 +67,7 @@ def grpo_update(
     batch: TrainBatch,
     num_microbatches: jax.Array,
     base: Params | None = None,
+    num_tokens: jax.Array | None = None,
     *,
     arch: Architecture,
     algorithm: AlgorithmConfig,
@@ -78,6 +81,8 @@ def grpo_update(
 
     Args:
       base: frozen parameters that the adapter in `state` lies beside; None: `state` holds all of them.
+      num_tokens: [] int32, tokens of the loss, those included that were left out of `batch` for having no gradient;
+        None: those of `batch`. An update of none is skipped.
     """
 
     def loss(logprobs: jax.Array, entropies: jax.Array, rows: TrainBatch) -> tuple[jax.Array, Metrics]:
@@ -95,13 +100,16 @@ def grpo_update(
             temperature=compute.temperature,
             compute_dtype=compute.dtype,
             remat=compute.remat,
+            head_dtype=compute.head_dtype,
         )
 
     def gradient(rows: TrainBatch) -> tuple[Params, Metrics]:
         return jax.grad(whole_loss, has_aux=True)(state.params, rows)
 
     grads, metrics = sum_over_microbatches(gradient, batch, num_microbatches)
-    state, applied = apply_gradients(state, grads, optimizer)
+    if num_tokens is None:
+        num_tokens = batch.loss_mask.sum(dtype=jnp.int32)
+    state, applied = apply_gradients(state, grads, optimizer, num_tokens)
     return state, metrics | {name: _of_one_update(metrics[name]) for name in LOSS_METRICS} | applied
 
 
@@ -124,6 +132,7 @@ def score(
             _at(batch, index),
             temperature=compute.temperature,
             compute_dtype=compute.dtype,
+            head_dtype=compute.head_dtype,
         )
         return jax.lax.dynamic_update_index_in_dim(scored, logprobs, index, 0)
 

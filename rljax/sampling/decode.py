@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import Architecture
-from rljax.models.layers import Rope, Weights, decoder_block, rms_norm, rope_tables
-from rljax.models.qwen2 import Params, logits, prefill
+from rljax.models.layers import Rope, Weights, decoder_block, rope_tables
+from rljax.models.qwen2 import Params, embedded, final_states, logits, prefill
 from rljax.sampling.cache import (
     PrefixCache,
     SuffixCache,
@@ -240,7 +240,7 @@ def _feed(
     # Only a row that has ended can lie beyond the table.
     cos, sin = (table.at[positions].get(mode="clip") for table in angles)
     visible = visible_slots(state.lengths, state.slot, suffix.values[0].shape[2])
-    x = params["embed"][state.token]
+    x = embedded(params, state.token)
     new_keys: list[jax.Array] = []
     new_values: list[jax.Array] = []
 
@@ -258,7 +258,7 @@ def _feed(
         x, (keys, values) = layer(weights, x, tuple(shared), keys, values)
         new_keys.append(keys)
         new_values.append(values)
-    return rms_norm(x, params["final_norm"], arch.rms_norm_eps), SuffixCache(new_keys, new_values)
+    return final_states(params, arch, x), SuffixCache(new_keys, new_values)
 
 
 def decode_chunk(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rljax.config import Architecture
 from rljax.mesh import ROWS, num_row_shards
-from rljax.models.qwen2 import Params
+from rljax.models.qwen2 import Params, block_dtype
 from rljax.sampling import decode
 from rljax.sampling.cache import PrefixCache, SuffixCache
 from rljax.sampling.decode import DecodeState, Drawn, DrawSettings
@@ -174,7 +174,7 @@ class DecodeDevice:
     def _lower_decode(self, shape: Shape) -> jax.stages.Lowered:
         layers, arch = self._arch.num_layers, self._arch
         lanes, rows = shape.lanes * self._shards, shape.rows * self._shards
-        dtype = self._params["embed"].dtype
+        dtype = block_dtype(self._params)
         heads, dim = arch.num_kv_heads, arch.head_dim
 
         def cache(rows: int, slots: int) -> tuple[list[Any], list[Any]]:

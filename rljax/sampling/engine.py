@@ -66,6 +66,7 @@ class Sampler:
       mesh: rows are split over its data and fsdp axes, heads and vocabulary over tensor.
       stop_ids: tokens that end a completion.
       compute_dtype: of parameters and caches.
+      head_dtype: of the final norm and the head; None: the compute dtype.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Sampler:
         *,
         stop_ids: Sequence[int],
         compute_dtype: Any = jnp.float32,
+        head_dtype: Any = None,
         options: EngineOptions = EngineOptions(),
     ) -> None:
         self.arch, self.mesh, self.options = arch, mesh, options
@@ -85,11 +87,13 @@ class Sampler:
         self._dtype = jnp.dtype(compute_dtype)
         self._programs = Programs()
         self._params: qwen2.Params | None = None
-        shapes = jax.eval_shape(lambda p: qwen2.sampler_params(p, arch, compute_dtype), qwen2.param_shapes(arch))
+
+        def to_sampler(params: qwen2.Params) -> qwen2.Params:
+            return qwen2.sampler_params(params, arch, compute_dtype, head_dtype)
+
+        shapes = jax.eval_shape(to_sampler, qwen2.param_shapes(arch))
         shardings = param_shardings(mesh, shapes, qwen2.sampler_param_axes(arch), SAMPLER_RULES)
-        self._to_sampler = jax.jit(
-            lambda params: qwen2.sampler_params(params, arch, compute_dtype), out_shardings=shardings
-        )
+        self._to_sampler = jax.jit(to_sampler, out_shardings=shardings)
         if params is not None:
             self.sync(params)
 

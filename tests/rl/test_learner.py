@@ -30,10 +30,15 @@ def test_completions_cut_at_the_cap_are_masked_on_demand(tiny, tiny_params, mesh
 
 
 def test_all_cut_leaves_nothing_to_learn(tiny, tiny_params, mesh) -> None:
-    """`make_rollouts` has all of its completions cut."""
-    metrics = make_learner(tiny_params, tiny, mesh, overlong="mask").step(make_rollouts(), some_advantages())
+    """`make_rollouts` has all of its completions cut. A step before leaves momentum behind."""
+    learner = make_learner(tiny_params, tiny, mesh, overlong="mask")
+    whole = dataclasses.replace(make_rollouts(), stop_reasons=np.full(8, STOP, np.int8))
+    learner.step(whole, some_advantages())
+    before = jax.tree.map(np.asarray, (learner.state.params, learner.state.opt_state))
+    metrics = learner.step(make_rollouts(), some_advantages())
     assert metrics["policy/loss"].value() == 0 and metrics["policy/grad_norm"].value() == 0
-    assert metrics["policy/skipped_updates"].value() == 0
+    assert metrics["policy/skipped_updates"].value() == int(learner.state.skipped) == 2
+    jax.tree.map(np.testing.assert_array_equal, before, (learner.state.params, learner.state.opt_state))
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "prompt_mean"])

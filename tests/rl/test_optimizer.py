@@ -40,7 +40,7 @@ KINDS = [
 
 every_kind = pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.name}-{c.moments_dtype}")
 
-step = partial(jax.jit, static_argnames="config")(apply_gradients)
+step = partial(jax.jit, static_argnames="config")(partial(apply_gradients, num_tokens=jnp.int32(1)))
 rounded_at = partial(jax.jit, static_argnames="stream")(round_randomly)
 
 
@@ -306,7 +306,7 @@ def test_a_second_moment_shrinks_where_the_nearest_bfloat16_would_not() -> None:
     config = dataclasses.replace(PLAIN, moments_dtype="bfloat16", learning_rate=0.0)
 
     def shrink(state: TrainState, _: None) -> tuple[TrainState, None]:
-        return apply_gradients(state, {"w": jnp.full(1000, 0.5)}, config)[0], None
+        return apply_gradients(state, {"w": jnp.full(1000, 0.5)}, config, jnp.int32(1))[0], None
 
     state, _ = step(init_state({"w": jnp.zeros(1000)}, config), {"w": jnp.ones(1000)}, config)
     inner = optax.tree.set(state.opt_state, nu={"w": jnp.ones(1000, jnp.bfloat16)})
@@ -333,6 +333,19 @@ def test_bfloat16_moments_halve_their_bytes_and_stay_on_the_path(name: str) -> N
 
 
 # --------------------------------------------------------------------------------------------------------------- step
+
+
+@every_kind
+def test_a_gradient_of_no_token_changes_nothing_and_is_counted(config: OptimizerConfig) -> None:
+    """Decay and the momentum of the update before would move the parameters."""
+    state, _ = step(init_state(small_params(), config), small_params(1), config)
+    nothing = jax.tree.map(jnp.zeros_like, small_params())
+    after, metrics = step(state, nothing, config, num_tokens=jnp.int32(0))
+    assert int(after.updates) == 2 and int(after.skipped) == 1 and metrics["policy/skipped_updates"].value() == 1
+    assert metrics["policy/grad_norm"].value() == 0
+    assert_bits_equal((state.params, state.opt_state), (after.params, after.opt_state))
+    moved, _ = step(state, nothing, config)
+    assert not np.array_equal(moved.params["layers"]["up"], state.params["layers"]["up"])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -354,6 +354,7 @@ def test_groups_without_advantage_are_dropped_but_counted(tiny, tiny_params, mes
 
 
 def test_an_update_without_any_advantage_is_one_of_gradient_zero(tiny, tiny_params, mesh) -> None:
+    """Its groups are left out, yet it has tokens, so it is not skipped: as if they had been kept."""
     learner = make_learner(tiny_params, tiny, mesh, kl_coefficient=0.0)
     metrics = learner.step(make_rollouts(), np.zeros((2, 4), np.float32))
     assert metrics["learner/dropped_group_fraction"].value() == 1
