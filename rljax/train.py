@@ -139,6 +139,7 @@ def train(
     if config.lora.rank:
         logger.info("lora: %s", describe_adapter(policy))
     with open_scorer(config.reward, reward) as scorer:
+        scorer.check(pipeline.data_sources | (evaluation.data_sources if evaluation is not None else set()))
         run = _open_run(config, policy, pipeline, num_steps, evaluation, scorer)
         last_step = run.first_step
         try:

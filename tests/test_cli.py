@@ -32,6 +32,7 @@ from rljax.export import save_description
 from rljax.metrics import ALIASES
 from rljax.models import hf
 from rljax.policy import open_policy
+from rljax.rewards import sandbox
 from rljax.rl.learner import checkpoint_shapes, state_shapes, update_shape
 from rljax.tokenizer import character_tokenizer, load_tokenizer
 from rljax.train import batch_table, train
@@ -896,6 +897,23 @@ def test_no_file_may_say_what_code_to_run(tmp_path: Path, refused: Refused) -> N
     config.write_text("reward: {file: 'mine.py:score'}\n")
     said = refused("train", str(config))
     assert "reward.file = 'mine.py:score'" in said and "command line only" in said
+
+
+@pytest.mark.parametrize("which", ["data.train", "evaluation.data"])
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [("codegen__toy", "no sandbox for them: none here"), ("poetry", "data_source = 'poetry' has no verifier")],
+)
+def test_a_run_that_could_not_score_does_not_begin(
+    place: Place, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, which: str, source: str, says: str
+) -> None:
+    """Without a sandbox every program would score 0, and a run would train on that."""
+    monkeypatch.setattr(sandbox, "_problem", lambda: "none here")
+    rows = [{"prompt": "a:bcda", "ground_truth": '{"functional": "check(f)"}', "data_source": source}] * 24
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"--{which}", str(tmp_path / "toy.jsonl"), "--model.tokenizer", place.tokenizer]
+    assert says in refused("train", place.config, *given, "--run_dir", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_hack_meter_of_a_run(place: Place, tmp_path: Path) -> None:

@@ -154,6 +154,11 @@ class Evaluation:
         self._prompts = stack_prompts(self._records, self._encoded, places, prompt_slots(self._encoded))
         self._tokenizer = tokenizer
 
+    @property
+    def data_sources(self) -> set[str]:
+        """What its records name as their verifier's."""
+        return {record.data_source for record in self._records}
+
     def run(self, sampler: Sampler, scorer: Scorer, key: jax.Array, *, keep_rows: int = 4) -> EvaluationResult:
         """Samples and scores every prompt. A draw depends on `key` and the prompt's place only."""
         scored = sample(
