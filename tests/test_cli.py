@@ -908,7 +908,7 @@ def test_a_run_that_could_not_score_does_not_begin(
     place: Place, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, which: str, source: str, says: str
 ) -> None:
     """Without a sandbox every program would score 0, and a run would train on that."""
-    monkeypatch.setattr(sandbox, "_problem", lambda: "none here")
+    monkeypatch.setattr(sandbox, "problem", lambda: "none here")
     rows = [{"prompt": "a:bcda", "ground_truth": '{"functional": "check(f)"}', "data_source": source}] * 24
     (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [f"--{which}", str(tmp_path / "toy.jsonl"), "--model.tokenizer", place.tokenizer]

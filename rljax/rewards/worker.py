@@ -7,6 +7,7 @@ bring JAX and take hold of the accelerator, and because JSON, unlike pickle, can
 imports `rljax.rewards` and `rljax.config`, neither of which knows JAX.
 
   in   {"verifier": "math", "response": "...", "ground_truth": "...", "extra_info": {}}
+       beside it, for programs: {"sandbox": {"found": "", "unsandboxed": false}}, the arguments of `sandbox.settle`
   out  {"verifiers": ["math", ...]}                                            once, when ready
        {"status": "scored", "score": 1.0, "message": "", "retire": false}      per line in
 """
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rljax.rewards import sandbox
 from rljax.rewards.answers import MORE_SECONDS, Undecidable, Verifier, checked_score
 
 ITEMS_BEFORE_RETIRING = 1000
@@ -69,6 +71,8 @@ def _answer(verifiers: Mapping[str, Verifier], line: bytes, alarm_seconds: float
     try:
         request = json.loads(line)
         verifier = verifiers[request["verifier"]]
+        if "sandbox" in request:
+            sandbox.settle(**request["sandbox"])
         if more := MORE_SECONDS.get(request["verifier"]):
             signal.setitimer(signal.ITIMER_REAL, alarm_seconds + more)
         score = verifier(request["response"], request["ground_truth"], request["extra_info"])

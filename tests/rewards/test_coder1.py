@@ -25,9 +25,9 @@ WRONG = "def add(a, b):\n    return a - b"
 
 @pytest.fixture(autouse=True)
 def bwrap():
-    sandbox._problem.cache_clear()
-    if sandbox._problem():
-        pytest.skip(f"needs a sandbox: {sandbox._problem()}")
+    sandbox._probe.cache_clear()
+    if sandbox.problem():
+        pytest.skip(f"needs a sandbox: {sandbox.problem()}")
 
 
 def fenced(code, language="python"):
@@ -243,8 +243,7 @@ def test_bad_ground_truth(mode, truth):
 @pytest.mark.parametrize("mode", [score, paper_score])
 @pytest.mark.parametrize("response", [fenced(RIGHT), ""])
 def test_refuses_without_a_sandbox(mode, response, monkeypatch):
-    monkeypatch.setattr(sandbox, "_problem", lambda: "none")
-    monkeypatch.delenv(sandbox.UNSANDBOXED, raising=False)
+    monkeypatch.setattr(sandbox, "problem", lambda: "none")
     with pytest.raises(ConfigError, match="no sandbox for them: none"):
         mode(response, TRUTH, {})
 

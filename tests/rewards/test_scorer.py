@@ -1,6 +1,8 @@
 """Rewards of the caller's own, both modes at once, and what is refused before anything is scored."""
 
 import asyncio
+import contextlib
+import json
 import threading
 import time
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rljax.config import ConfigError, RewardConfig
+from rljax.rewards import sandbox
 from rljax.rewards.answers import Undecidable
 from rljax.rewards.pool import Verdict
 from rljax.rewards.scorer import hack_metrics, open_scorer
@@ -159,6 +162,23 @@ def test_the_meter_counts_what_has_two_modes() -> None:
         "reward/hacked_fraction": 0.0,
         "reward/modes_unjudged_fraction": 0.5,
     }
+
+
+ADD = "```python\ndef add(a, b):\n    return a + b\n```"
+ADD_TESTS = json.dumps({"functional": "def check(f):\n    assert f(1, 2) == 3\n\ncheck(add)"})
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_workers_go_by_what_the_caller_found_and_was_allowed(monkeypatch, allowed) -> None:
+    """They do not try the sandbox anew, each within the limit of its first program."""
+    monkeypatch.setattr(sandbox, "problem", lambda: "none here")
+    settings = RewardConfig(workers=1, timeout_seconds=60.0, unsandboxed_code=allowed)
+    with open_scorer(settings) as scorer:
+        with contextlib.nullcontext() if allowed else pytest.raises(ConfigError, match="for them: none here"):
+            scorer.check(["codegen"])
+        (verdict,) = scorer.submit("codegen", ADD_TESTS, {}, [ADD]).result()
+    assert (verdict.status, verdict.score) == (("scored", 1.0) if allowed else ("error", 0.0))
+    assert allowed or "for them: none here" in verdict.message
 
 
 def test_a_source_without_a_verifier_is_refused_before_anything_is_scored() -> None:
