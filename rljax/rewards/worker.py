@@ -14,7 +14,6 @@ imports `rljax.rewards` and `rljax.config`, neither of which knows JAX.
 
 import asyncio
 import importlib.util
-import inspect
 import json
 import os
 import resource
@@ -24,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rljax.rewards import sandbox
-from rljax.rewards.answers import MORE_SECONDS, Undecidable, Verifier, checked_score
+from rljax.rewards.answers import MORE_SECONDS, Undecidable, Verifier, checked_score, is_coroutine_function
 
 ITEMS_BEFORE_RETIRING = 1000
 """sympy caches what it sees and never forgets: a worker is replaced after so many items."""
@@ -105,7 +104,7 @@ def load_function(given: str) -> Verifier:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, name)
-    if inspect.iscoroutinefunction(function):
+    if is_coroutine_function(function):
         return lambda *arguments: asyncio.run(function(*arguments))
     return function
 
