@@ -153,8 +153,14 @@ def write_results(
     (folder / TABLE).write_text(f"{text}\n{mean}")
 
 
+def reward_settings(config: RewardConfig, scorer: Scorer) -> dict[str, Any]:
+    """What scored, for `results.json`; the name is `custom` where it was none of the verifiers."""
+    return {"mode": config.mode, "reward": {**dataclasses.asdict(config), "name": scorer.name}}
+
+
 def rescore(folder: str, config: RewardConfig, output: str = "") -> list[SetResult]:
-    """Scores the predictions saved in `folder` anew, without a model; writes them to `output` (empty: `folder`/MODE).
+    """Scores the predictions saved in `folder` anew, without a model; writes them to `output`, or without it to
+    rescored-MODE in `folder`.
 
     Raises:
       ConfigError: there are none, or the output exists.
@@ -174,7 +180,8 @@ def rescore(folder: str, config: RewardConfig, output: str = "") -> list[SetResu
     about = {name: value for name, value in about.items() if name not in ("sets", "overall")}
     # The mode also chooses the prompt of some sets (`held_out.repaired_prompt`), which scoring anew does not change.
     sampled = {"sampled_in_mode": about.get("sampled_in_mode", about.get("mode"))}
-    write_results(to, scored, results, about | sampled | {"mode": config.mode, "rescored_from": str(folder)})
+    about |= sampled | reward_settings(config, scorer) | {"rescored_from": str(folder)}
+    write_results(to, scored, results, about)
     return results
 
 

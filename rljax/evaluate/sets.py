@@ -15,7 +15,7 @@ from rljax.config import ConfigError, RunConfig
 from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, stack_prompts, with_system
 from rljax.data.records import READERS, read_records
 from rljax.evaluate.held_out import STOP_REASONS, Scored, repaired_prompt, sample
-from rljax.evaluate.predictions import PREDICTIONS, SetResult, summarise_set, write_results
+from rljax.evaluate.predictions import PREDICTIONS, SetResult, reward_settings, summarise_set, write_results
 from rljax.models.lora import attach
 from rljax.policy import Policy, load_run, open_policy
 from rljax.rewards.offline import scored_fields
@@ -64,7 +64,7 @@ def evaluate(config: RunConfig, *, reward: RewardFunction | None = None) -> list
             results.append(summarise_set(one.name, found, dropped))
             lines += found
             logger.info("%s: %s %.3f", one.name, "mean", results[-1].mean.value)
-    write_results(output, lines, results, _about(config, step))
+    write_results(output, lines, results, _about(config, step, scorer))
     logger.info("wrote %s", output)
     return results
 
@@ -157,12 +157,12 @@ def _lines(name: str, scored: Scored) -> list[dict[str, Any]]:
     return lines
 
 
-def _about(config: RunConfig, step: int | None) -> dict[str, Any]:
+def _about(config: RunConfig, step: int | None, scorer: Scorer) -> dict[str, Any]:
     """What the numbers are of."""
     return {
         "model": config.eval.run or config.model.path or config.model.architecture,
         "step": step,
-        "mode": config.reward.mode,
+        **reward_settings(config.reward, scorer),
         "seed": config.seed,
         "settings": dataclasses.asdict(config.eval),
         "max_prompt_tokens": config.data.max_prompt_tokens,

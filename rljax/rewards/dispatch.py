@@ -70,7 +70,8 @@ def verifier_for(data_source: str, name: str = "auto", mode: Mode = "fixed") -> 
             return f"{verifier}/{mode}"
     raise ConfigError(
         f"data_source = {data_source!r} has no verifier with reward.name = 'auto', which knows sources that begin with "
-        f"{', '.join(_SOURCES)}; correct the records' data_source or set reward.name to one of {', '.join(_BOTH)}"
+        f"{', '.join(_SOURCES)}; correct the records' data_source or set reward.name (to `rljax reward` and "
+        f"`rljax eval --rescore`: --name) to one of {', '.join(_BOTH)}"
     )
 
 

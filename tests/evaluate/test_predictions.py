@@ -1,5 +1,6 @@
 """Saved predictions: the table made of them, and scoring them anew without a model."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rljax.cli import USAGE_ERROR, main
 from rljax.config import ConfigError, RewardConfig
 from rljax.evaluate.predictions import (
     PREDICTIONS,
@@ -130,6 +132,28 @@ def test_rescoring_in_both_modes(saved: Path) -> None:
     assert about["sampled_in_mode"] == json.loads((saved / "results.json").read_text())["mode"]
     with pytest.raises(ConfigError, match="rescored-fixed holds predictions already"):
         rescore(str(saved), RewardConfig(mode="fixed"))
+
+
+def test_rescoring_takes_what_scored_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A source that no verifier's begins, which only a name or a function of one's own can score."""
+    lines = [line(0, 0, data_source="poetry", response="#### 1,000", ground_truth="1000")]
+    write_results(tmp_path / "eval", lines, [summarise_set("math", lines)], {"model": "m", "mode": "fixed"})
+    (tmp_path / "mine.py").write_text("def score(response, ground_truth, extra_info):\n    return 0.25\n")
+    folder = ["eval", f"--rescore={tmp_path / 'eval'}"]
+    assert main(folder) == USAGE_ERROR
+    assert "reward.name (to `rljax reward` and `rljax eval --rescore`: --name)" in capsys.readouterr().err
+    assert main([*folder, "--workers", "0"]) == USAGE_ERROR
+
+    def scored(name: str, *flags: str) -> dict[str, Any]:
+        limits = ["--workers", "1", "--timeout-seconds", "60", "--output", str(tmp_path / name)]
+        assert main([*folder, *limits, *flags]) == 0
+        return json.loads((tmp_path / name / RESULTS).read_text())
+
+    named, own = scored("named", "--name", "gsm8k"), scored("own", "--file", f"{tmp_path / 'mine.py'}:score")
+    assert (named["overall"], own["overall"]) == (1, 0.25)
+    used = RewardConfig(name="gsm8k", workers=1, timeout_seconds=60.0)
+    assert named["reward"] == json.loads(json.dumps(dataclasses.asdict(used)))
+    assert own["reward"]["name"] == "custom" and own["reward"]["file"].endswith("mine.py:score")
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def test_counts_and_places(root: Path) -> None:
     assert results["overall"] == pytest.approx(np.mean([easy["mean"]["value"], hard["mean"]["value"]]))
     assert set(easy["passed"]) == {"1", "2", "4"}
     assert results["settings"]["temperature"] == 0.7 and results["mode"] == "fixed"
+    assert results["reward"]["name"] == "auto" and results["reward"]["timeout_seconds"] == 60
 
 
 def test_a_prompt_is_drawn_alike_whatever_is_beside_it(root: Path) -> None:
