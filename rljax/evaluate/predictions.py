@@ -6,6 +6,7 @@ stop_reason, num_tokens` and what scored it: `score, error, seconds`.
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from rljax.config import ConfigError, RewardConfig
 from rljax.evaluate.estimators import Estimate, majority_at_k, mean_at_k, pass_at_k, powers_up_to
+from rljax.jsonl import read_lines
 from rljax.rewards.answers import last_boxed
 from rljax.rewards.offline import scored_fields
 from rljax.rewards.scorer import Scorer, open_scorer
@@ -140,10 +142,11 @@ def _text(estimate: Estimate | None) -> str:
 def write_results(
     folder: Path, lines: Sequence[dict[str, Any]], results: Sequence[SetResult], about: dict[str, Any]
 ) -> None:
-    """Writes predictions, results as JSON and the table as Markdown into a folder that is made."""
+    """Writes results as JSON, the table as Markdown and predictions into a folder that is made.
+
+    The predictions come last and whole: a folder that holds them is finished, and any other may be written again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / PREDICTIONS).open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(line) + "\n" for line in lines)
     whole = {**about, "overall": overall(results), "sets": [result.as_json() for result in results]}
     (folder / RESULTS).write_text(json.dumps(whole, indent=2) + "\n")
     header, *rows = table_rows(results)
@@ -151,6 +154,10 @@ def write_results(
     text = "".join(f"| {' | '.join(row)} |\n" for row in (header, align, *rows))
     mean = f"Unweighted mean over data sources: {whole['overall']:.3f}. ± is a standard error, clustered by prompt.\n"
     (folder / TABLE).write_text(f"{text}\n{mean}")
+    partial = folder / f"{PREDICTIONS}.partial"
+    with partial.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+    os.replace(partial, folder / PREDICTIONS)
 
 
 def reward_settings(config: RewardConfig, scorer: Scorer) -> dict[str, Any]:
@@ -190,17 +197,10 @@ _LINE = ("set", "place", "data_source", "response", "ground_truth", "extra_info"
 
 def _read_predictions(file: Path) -> list[dict[str, Any]]:
     lines = []
-    # split, not splitlines: a completion may hold any of the characters Unicode calls a line end.
-    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{file}:{number}: not JSON ({error}); give the file as `rljax eval` wrote it") from error
-        missing = [name for name in _LINE if not isinstance(line, dict) or name not in line]
+    for where, line in read_lines(file):
+        missing = [name for name in _LINE if name not in line]
         if missing:
-            raise ConfigError(f"{file}:{number}: no {', '.join(missing)}; give the file as `rljax eval` wrote it")
+            raise ConfigError(f"{where}: no {', '.join(missing)}; give the file as `rljax eval` wrote it")
         lines.append(line)
     if not lines:
         raise ConfigError(f"{file} holds no prediction; give the folder of an evaluation that came to its end")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,23 @@ def test_what_is_written(saved: Path) -> None:
     assert len((saved / PREDICTIONS).read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize(("where", "name"), [(Path, "write_text"), (os, "replace")])
+def test_an_interrupted_write_blocks_nothing(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
+) -> None:
+    """What marks a folder as finished is written last."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(where, name, stop)
+        rescore(str(saved), RewardConfig(timeout_seconds=60.0))
+    again = rescore(str(saved), RewardConfig(timeout_seconds=60.0))
+    assert [r.mean.value for r in again] == [0.5, 1]
+    assert [file.name for file in sorted((saved / "rescored-fixed").iterdir())] == [PREDICTIONS, RESULTS, "results.md"]
+
+
 def test_rescoring_in_both_modes(saved: Path) -> None:
     fixed = rescore(str(saved), RewardConfig(mode="fixed"))
     paper = rescore(str(saved), RewardConfig(mode="paper"), str(saved.parent / "other"))
@@ -161,7 +179,8 @@ def test_rescoring_takes_what_scored_at_first(tmp_path: Path, capsys: pytest.Cap
     [
         ("predictions.jsonl", b"", "holds no prediction"),
         ("predictions.jsonl", b"{\n", r"predictions\.jsonl:1: not JSON"),
-        ("predictions.jsonl", b"[1]\n", "no set, place"),
+        ("predictions.jsonl", b"[1]\n", r"predictions\.jsonl:1: a list"),
+        ("predictions.jsonl", b'\n{"set": "s\xff"}\n', r"predictions\.jsonl:2: not UTF-8"),
         ("predictions.jsonl", b'{"set": "s"}\n', "no place, data_source"),
         ("results.json", b"{", "cannot be read"),
         ("results.json", b"[]", "holds no sets"),
