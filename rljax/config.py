@@ -366,7 +366,8 @@ class EvalConfig:
     data: tuple[str, ...] = ()
     """Files in the verl schema, folders of them, or as `data.train`; a set goes by the name of its file."""
     run: str = ""
-    """Folder of a run whose checkpoint is measured; empty: the weights in `model.path`."""
+    """Folder of a run whose checkpoint is measured, with its tokenizer and stop tokens; empty: the weights in
+    `model.path`."""
     step: int = 0
     """Step of the run; 0: the newest that is kept."""
     samples_per_prompt: int = 1
