@@ -932,6 +932,13 @@ def test_the_hack_meter_of_a_run(place: Place, tmp_path: Path) -> None:
             assert row["reward/hacked_fraction"] == row["reward/modes_differ_fraction"] == row["reward/mean"] > 0
 
 
+def test_sft_learns_the_prompts_of_the_run(place: Place, tmp_path: Path, refused: Refused) -> None:
+    """System message included, which here is what makes them too long."""
+    config = [str(place.root / "from_scratch.yaml"), "--run_dir", str(tmp_path), "--sft.max_tokens", "40"]
+    said = refused("sft", *config, "--data.system_prompt", "a" * 40)
+    assert "no example has at most sft.max_tokens = 40" in said
+
+
 def test_sft_of_a_task_makes_its_own_vocabulary(place: Place, tmp_path: Path) -> None:
     """Random weights of a named shape, the task's characters, its worked solutions: nothing is read from disk."""
     config = str(place.root / "from_scratch.yaml")
