@@ -33,6 +33,7 @@ from rljax.metrics import ALIASES
 from rljax.models import hf
 from rljax.policy import open_policy
 from rljax.rewards import sandbox
+from rljax.rl.advantages import group_advantages
 from rljax.rl.learner import checkpoint_shapes, state_shapes, update_shape
 from rljax.tokenizer import character_tokenizer, load_tokenizer
 from rljax.train import batch_table, train
@@ -890,6 +891,32 @@ def test_a_reward_of_ones_own_in_code_and_in_a_file(place: Place, tmp_path: Path
     said = refused("train", *given, "--run_dir", str(in_file), "--steps", "2")
     assert "reward.file" in said
     assert main(["train", *given, "--run_dir", str(in_file), "--steps", "2", "--reward.file", own]) == 0
+
+
+@pytest.mark.parametrize(("mode", "missing"), [("fixed", True), ("paper", False)])
+def test_where_a_reward_fails_there_is_none(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, missing: bool
+) -> None:
+    """All others are alike, so nothing is learnt; the paper's code took 0 for it, which differs from them."""
+    learnt: list[np.ndarray] = []
+
+    def spy(*given: Any, **named: Any) -> np.ndarray:
+        learnt.append(group_advantages(*given, **named))
+        return learnt[-1]
+
+    def half(response: str, ground_truth: str, extra_info: dict[str, Any]) -> float:
+        return float("nan") if "1" in response else 0.5
+
+    monkeypatch.setattr("rljax.train.group_advantages", spy)
+    given = ["--steps", "1", "--evaluation.data", "", "--reward.mode", mode, "--run_dir", str(tmp_path)]
+    train(parse_config([place.config, *given]), reward=half)
+    (row,) = metrics_of(tmp_path)
+    failed = row["reward/error_fraction"]
+    assert 0 < failed < 1
+    assert row["reward/missing_fraction"] == failed * missing
+    assert row["reward/mean"] == pytest.approx(0.5 if missing else 0.5 * (1 - failed))
+    assert len(learnt) == 1 and learnt[0].any() != missing
+    assert (row["reward/zero_spread_group_fraction"] == 1) == missing
 
 
 def test_no_file_may_say_what_code_to_run(tmp_path: Path, refused: Refused) -> None:

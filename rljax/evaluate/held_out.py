@@ -39,6 +39,7 @@ class Scored:
 
     rollouts: Rollouts
     rewards: np.ndarray  # [P, G] float32
+    judged: np.ndarray  # [P, G] bool: the verifier did not fail
     texts: list[str]  # row by row, as the verdicts
     verdicts: list[Verdict]
     others: list[Verdict | None]  # of the other mode of the verifier, where it was asked
@@ -49,6 +50,7 @@ def join_scored(parts: Sequence[Scored]) -> Scored:
     return Scored(
         join_rollouts([part.rollouts for part in parts]),
         np.concatenate([part.rewards for part in parts]),
+        np.concatenate([part.judged for part in parts]),
         [text for part in parts for text in part.texts],
         [verdict for part in parts for verdict in part.verdicts],
         [verdict for part in parts for verdict in part.others],
@@ -68,7 +70,8 @@ class BeingScored:
         verdicts = [verdict for _, scoring in self.groups for verdict in scoring.result()]
         others = [verdict for _, scoring in self.groups for verdict in scoring.other()]
         rewards = np.array([verdict.score for verdict in verdicts], np.float32).reshape(-1, self.rollouts.group_size)
-        return Scored(self.rollouts, rewards, texts, verdicts, others)
+        judged = np.array([not verdict.is_failure for verdict in verdicts]).reshape(rewards.shape)
+        return Scored(self.rollouts, rewards, judged, texts, verdicts, others)
 
 
 def sample(

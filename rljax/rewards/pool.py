@@ -62,6 +62,11 @@ class Verdict:
     """Wall-clock, from handing the item to a worker."""
     message: str = ""
 
+    @property
+    def is_failure(self) -> bool:
+        """The verifier failed, so that the 0 says nothing of the completion; of an unparseable one it does."""
+        return self.status in ("error", "timeout", "crashed")
+
 
 def summarise(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Share of the items whose 0 is not a judgement, by kind: `reward/{unparseable,error,timeout,crashed}_fraction`."""
