@@ -17,10 +17,6 @@ class Undecidable(Exception):
     """
 
 
-MORE_SECONDS = {"coder1/paper": 30.0, "coder1/fixed": 30.0}
-"""By verifier: what it may take beyond the limit of an item, for a program in a completion has a limit of its own."""
-
-
 def is_coroutine_function(function: Callable[..., Any]) -> bool:
     """Whether a call of `function`, an object with `async def __call__` among them, has to be awaited."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

@@ -24,7 +24,7 @@ from typing import Any
 from rljax.rewards import calls, sandbox
 
 SECONDS = 30.0
-"""Wall-clock limit of one program with its tests."""
+"""Wall-clock limit of one program with its tests, which an item may take beside its own."""
 
 _PAPER_FENCE = re.compile(r"```\w*\n")
 _OPEN_FENCE = re.compile(r"(?P<before>[^`]*+)(?P<ticks>`{3,}+)[ \t]*+(?P<language>[\w+.-]*+)[^`]*+")

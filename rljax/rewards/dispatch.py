@@ -30,6 +30,9 @@ VERIFIERS: dict[str, Verifier] = {
 }
 """By "name/mode", what `verifier_for` gives."""
 
+PROGRAMS = frozenset(f"coder1/{mode}" for mode in _BOTH["coder1"])
+"""Those that run a program: they need `sandbox`, and `coder1.SECONDS` beside the limit of an item."""
+
 CUSTOM = "custom"
 """The verifier that `reward.file` names."""
 

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, Literal
 
-from rljax.rewards import sandbox
-from rljax.rewards.answers import MORE_SECONDS
+from rljax.rewards import coder1, sandbox
+from rljax.rewards.dispatch import PROGRAMS
 
 Status = Literal["scored", "unparseable", "error", "timeout", "crashed"]
 
@@ -146,8 +146,11 @@ class RewardPool:
         return RewardHandle([self._threads.submit(self._score_one, item) for item in items])
 
     def _score_one(self, item: RewardItem) -> Verdict:
-        request = dataclasses.asdict(item)
-        if item.verifier in MORE_SECONDS:  # tried here, once and outside the limit of an item
+        request, limit = dataclasses.asdict(item), self._timeout_seconds
+        if item.verifier in PROGRAMS:
+            limit += coder1.SECONDS
+            request["alarm_seconds"] = limit + _ALARM_MARGIN_SECONDS
+            # Tried here: once, and outside the limit of an item.
             request["sandbox"] = {"found": sandbox.problem(), "unsandboxed": self._unsandboxed_code}
         # surrogatepass: a lone surrogate goes through (`json.loads` decodes it so); JSON escapes NUL and line ends.
         line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
@@ -155,7 +158,6 @@ class RewardPool:
         if item.verifier not in worker.verifiers:
             self._idle.append(worker)
             raise AssertionError(f"no verifier {item.verifier!r}; there are {', '.join(worker.verifiers)}")
-        limit = self._timeout_seconds + MORE_SECONDS.get(item.verifier, 0.0)
         start = time.monotonic()
         try:
             reply = worker.ask(line, deadline=start + limit)

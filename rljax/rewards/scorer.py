@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from rljax.config import ConfigError, RewardConfig
 from rljax.rewards import sandbox
 from rljax.rewards.answers import Undecidable, checked_score, is_coroutine_function
-from rljax.rewards.dispatch import CUSTOM, Mode, in_other_mode, verifier_for
+from rljax.rewards.dispatch import CUSTOM, PROGRAMS, Mode, in_other_mode, verifier_for
 from rljax.rewards.pool import RewardHandle, RewardItem, RewardPool, Verdict
 
 RewardFunction = Callable[[str, str, dict[str, Any]], Any]
@@ -151,7 +151,7 @@ class Scorer:
         """Raises ConfigError for a source that has no verifier, or one that cannot run here, before any is scored."""
         for source in sorted(set(data_sources)):
             verifier = verifier_for(source, self.name, self.mode)
-            if verifier.startswith("coder1/") and not self.unsandboxed_code:
+            if verifier in PROGRAMS and not self.unsandboxed_code:
                 sandbox.check()
 
     def submit(

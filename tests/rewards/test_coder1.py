@@ -9,6 +9,7 @@ import pytest
 from rljax.config import ConfigError
 from rljax.rewards import coder1, sandbox
 from rljax.rewards.coder1 import paper_score, score
+from rljax.rewards.pool import RewardItem, RewardPool
 
 TESTS = """
 
@@ -255,6 +256,14 @@ def test_a_side_that_does_not_start(monkeypatch):
     monkeypatch.setattr(sandbox, "process", process)
     with pytest.raises(OSError, match="no more processes"):
         score(fenced(RIGHT), TRUTH, {})
+
+
+def test_an_item_has_the_seconds_of_a_program_beside_its_own(monkeypatch):
+    monkeypatch.setattr(coder1, "SECONDS", 2.0)  # here, where the limit is kept; the worker has its thirty
+    hang = RewardItem("coder1/fixed", fenced("while True: pass"), TRUTH)
+    with RewardPool(1, 0.5) as pool:
+        (verdict,) = pool.score([hang])
+    assert (verdict.status, verdict.message) == ("timeout", "stopped after 2.5 s")
 
 
 def test_data(shared_data):
