@@ -11,13 +11,12 @@ import numpy as np
 from rljax.config import EvaluationConfig, RunConfig
 from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, stack_prompts, with_system
 from rljax.data.records import read_records
+from rljax.evaluate.estimators import mean_at_k
 from rljax.rewards.pool import Verdict, summarise
 from rljax.rewards.scorer import Scorer, Scoring
 from rljax.sampling.engine import Sampler
 from rljax.tokenizer import Tokenizer
-from rljax.types import LENGTH, PromptRecord, Prompts, Rollouts, join_rollouts
-
-STOP_REASONS = {0: "stop", LENGTH: "length"}
+from rljax.types import LENGTH, STOP_REASONS, PromptRecord, Prompts, Rollouts, join_rollouts
 
 
 def repaired_prompt(record: PromptRecord) -> PromptRecord:
@@ -134,8 +133,8 @@ class EvaluationResult:
 
     @property
     def pass_at_1(self) -> float:
-        """Mean score of one sample: over prompts of the mean over samples."""
-        return float(self.scores.mean(dtype=np.float64))
+        """Mean score of one sample."""
+        return self.metrics["eval/pass@1"]
 
 
 class Evaluation:
@@ -174,15 +173,12 @@ class Evaluation:
             temperature=self._config.temperature,
             max_completion_tokens=self._cap,
         ).wait()
-        rollouts, verdicts, count = scored.rollouts, scored.verdicts, len(self._prompts)
-        per_prompt = scored.rewards.mean(axis=1, dtype=np.float64)
-        passed = float(per_prompt.mean())
+        rollouts, verdicts, passed = scored.rollouts, scored.verdicts, mean_at_k(scored.rewards)
         metrics = {
-            "eval/pass@1": passed,
-            "eval/test_loss": 1.0 - passed,
-            # Prompts are the independent draws, samples of one prompt are not: clustered by prompt.
-            "eval/standard_error": float(per_prompt.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
-            "eval/num_prompts": float(count),
+            "eval/pass@1": passed.value,
+            "eval/test_loss": 1.0 - passed.value,
+            "eval/standard_error": passed.standard_error,
+            "eval/num_prompts": float(len(self._prompts)),
             "eval/completion_length_tokens": float(rollouts.lengths.mean()),
             "eval/truncated_fraction": float(np.mean(rollouts.stop_reasons == LENGTH)),
             **{name.replace("reward/", "eval/"): share for name, share in summarise(verdicts).items()},

@@ -16,7 +16,7 @@ import numpy as np
 from rljax.config import ConfigError, RewardConfig
 from rljax.evaluate.estimators import Estimate, majority_at_k, mean_at_k, pass_at_k, powers_up_to
 from rljax.jsonl import read_lines
-from rljax.rewards.answers import last_boxed
+from rljax.rewards.answers import marked_answer
 from rljax.rewards.offline import scored_fields
 from rljax.rewards.scorer import Scorer, open_scorer
 
@@ -53,15 +53,6 @@ class SetResult:
         return dataclasses.asdict(self)
 
 
-def final_answer(response: str) -> str | None:
-    """What a vote counts: the last box, else what follows the last "####" on its line; None: no answer."""
-    boxed = last_boxed(response)
-    if boxed is not None:
-        return boxed
-    _, marker, tail = response.rpartition("####")
-    return tail.strip().partition("\n")[0] or None if marker else None
-
-
 def summarise_set(name: str, lines: Sequence[dict[str, Any]], dropped: int = 0) -> SetResult:
     """Of the lines of one set, every prompt with as many completions.
 
@@ -81,7 +72,7 @@ def summarise_set(name: str, lines: Sequence[dict[str, Any]], dropped: int = 0) 
     scores = np.array([[line["score"] for line in group] for group in groups])
     sources = [group[0]["data_source"] for group in groups]
     has_votes = not any(source.startswith(_WITHOUT_VOTE) for source in sources)
-    answers = [[final_answer(line["response"]) for line in group] for group in groups]
+    answers = [[marked_answer(line["response"]) or None for line in group] for group in groups]  # "" is no vote
     kinds = [line["error"].partition(":")[0] for line in lines if line["error"]]
     return SetResult(
         name=name,

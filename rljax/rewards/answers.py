@@ -43,6 +43,22 @@ def words_of_value(answer: str) -> list[str]:
     return sorted(re.sub(r"\s+", " ", word.lower()) for word in _CHANGES_VALUE.findall(answer))
 
 
+DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+"""Pattern of a number without a sign, thousands with or without commas."""
+
+_MAX_NESTING = 32
+
+
+def refuse_deep_nesting(text: str) -> None:
+    """Raises Undecidable for brackets in brackets that would stop a computer-algebra system."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    if deepest > _MAX_NESTING:
+        raise Undecidable(f"brackets nested {deepest} deep; at most {_MAX_NESTING} are read")
+
+
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
@@ -65,3 +81,12 @@ def last_boxed(text: str) -> str | None:
         elif symbol.endswith("{") and len(symbol) > 2:
             opened.append(token.end())
     return None if best[0] < 0 else text[slice(*best)].strip()
+
+
+def marked_answer(text: str) -> str | None:
+    """The last box, else what follows the last "####" on its line, which may be nothing; None: neither is there."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
+    _, marker, tail = text.rpartition("####")
+    return tail.strip().partition("\n")[0] if marker else None

@@ -16,7 +16,6 @@ from rljax.config import ConfigError, RewardConfig
 from rljax.evaluate.predictions import (
     PREDICTIONS,
     RESULTS,
-    final_answer,
     overall,
     rescore,
     summarise_set,
@@ -90,18 +89,10 @@ def test_the_table() -> None:
     assert math[6] == "1.000 ± 0.000"
 
 
-@pytest.mark.parametrize(
-    "response, answer",
-    [
-        ("\\boxed{1} then \\boxed{2}", "2"),
-        ("#### 7\nand more", "7"),
-        ("\\boxed{1} #### 2", "1"),
-        ("####", None),
-        ("seven", None),
-    ],
-)
-def test_final_answer(response, answer) -> None:
-    assert final_answer(response) == answer
+def test_what_is_no_answer_is_no_vote() -> None:
+    responses = ["\\boxed{}", "\\boxed{}", "####", "####", "\\boxed{7}"]
+    found = summarise_set("math", [line(0, i == 4, sample=i, response=text) for i, text in enumerate(responses)])
+    assert found.majority is not None and found.majority.value == 1
 
 
 @pytest.fixture
