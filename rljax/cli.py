@@ -14,6 +14,7 @@ from rljax.config import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from rljax.config import RewardConfig
     from rljax.evaluate.predictions import SetResult
     from rljax.scaling.sweep import Status
 
@@ -58,7 +59,7 @@ def _sft(argv: list[str]) -> None:
 
 def _eval(argv: list[str]) -> None:
     """Measures a policy on named sets   CONFIG.yaml ... --eval.data FILE ... | --rescore FOLDER [--mode paper|fixed]"""
-    if "--rescore" in argv:
+    if any(argument.partition("=")[0] == "--rescore" for argument in argv):
         _rescore(argv)
         return
     from rljax.config_file import parse_config
@@ -71,17 +72,14 @@ def _eval(argv: list[str]) -> None:
 
 
 def _rescore(argv: list[str]) -> None:
-    from rljax.config import RewardConfig
-
     parser = _Parser(prog="rljax eval", description="Scores saved predictions anew, without a model.")
     parser.add_argument("--rescore", required=True, metavar="FOLDER", help="what `rljax eval` wrote")
-    parser.add_argument("--mode", choices=("paper", "fixed"), default=RewardConfig().mode)
     parser.add_argument("--output", default="", help="folder to write; without it, one inside FOLDER")
-    parser.add_argument("--unsandboxed-code", action="store_true", help="run programs where there is no sandbox")
+    _add_reward_arguments(parser)
     given = parser.parse_args(argv)
+    config = _reward_config(given)
     from rljax.evaluate.predictions import rescore
 
-    config = RewardConfig(mode=given.mode, unsandboxed_code=given.unsandboxed_code)
     _print_sets(rescore(given.rescore, config, given.output))
 
 
@@ -120,44 +118,54 @@ def _convert(argv: list[str]) -> None:
 def _reward(argv: list[str]) -> None:
     """Scores saved completions, JSON lines in and out   FILE.jsonl [--mode paper|fixed] [--output FILE]"""
     given = reward_parser().parse_args(argv)
-    if given.workers < 1 or not 0 < given.timeout_seconds < float("inf"):
-        raise ConfigError(
-            f"--workers {given.workers} must be at least 1 and --timeout-seconds {given.timeout_seconds} positive and "
-            "finite"
-        )
-    from rljax.config import RewardConfig
+    config = _reward_config(given)
     from rljax.rewards.offline import score_file
 
-    config = RewardConfig(
-        name=given.name,
-        mode=given.mode,
-        workers=given.workers,
-        timeout_seconds=given.timeout_seconds,
-        file=given.own,
-        unsandboxed_code=given.unsandboxed_code,
-    )
-    score_file(given.file, config, given.output)
+    score_file(given.jsonl, config, given.output)
 
 
 def reward_parser() -> argparse.ArgumentParser:
     """Arguments of `rljax reward`; raises ConfigError where others print and exit."""
-    from rljax.config import RewardConfig
-
     parser = _Parser(
         prog="rljax reward",
         description="Scores completions offline: every line of FILE holds data_source, response, ground_truth and "
         "perhaps extra_info; the same lines come out with score, error and seconds.",
     )
+    parser.add_argument("jsonl", metavar="FILE.jsonl")
+    parser.add_argument("--output", default="", help="JSONL file to write; without it, the terminal")
+    _add_reward_arguments(parser)
+    return parser
+
+
+def _add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    """What scores saved completions; `_reward_config` reads it."""
+    from rljax.config import RewardConfig
+
     default = RewardConfig()
-    parser.add_argument("file", metavar="FILE.jsonl")
     parser.add_argument("--mode", choices=("paper", "fixed"), default=default.mode)
     parser.add_argument("--name", default=default.name, help="verifier; auto: by data_source")
-    parser.add_argument("--file", dest="own", default="", metavar="FILE.py:FUNCTION", help="a reward of your own")
-    parser.add_argument("--output", default="", help="JSONL file to write; without it, the terminal")
+    parser.add_argument("--file", default="", metavar="FILE.py:FUNCTION", help="a reward of your own")
     parser.add_argument("--workers", type=int, default=default.workers)
     parser.add_argument("--timeout-seconds", type=float, default=default.timeout_seconds, help="limit of an item")
     parser.add_argument("--unsandboxed-code", action="store_true", help="run programs where there is no sandbox")
-    return parser
+
+
+def _reward_config(given: argparse.Namespace) -> "RewardConfig":
+    from rljax.config import RewardConfig
+
+    if given.workers < 1 or not 0 < given.timeout_seconds < float("inf"):
+        raise ConfigError(
+            f"--workers {given.workers} must be at least 1 and --timeout-seconds {given.timeout_seconds} positive and "
+            "finite"
+        )
+    return RewardConfig(
+        name=given.name,
+        mode=given.mode,
+        workers=given.workers,
+        timeout_seconds=given.timeout_seconds,
+        file=given.file,
+        unsandboxed_code=given.unsandboxed_code,
+    )
 
 
 def _sweep(argv: list[str]) -> None:

@@ -204,7 +204,7 @@ class RewardConfig:
     """Run programs in completions (HumanEval) where the sandbox, bubblewrap, does not work. They can then do whatever
     this user can."""
     timeout_seconds: float = 10.0
-    """Wall-clock limit per completion; an overrun scores 0 and is counted."""
+    """Wall-clock limit per completion; an overrun is counted, and is no reward in training (in mode paper 0)."""
     workers: int = 2
     """Worker processes."""
     overlong_buffer_tokens: int = 0
@@ -369,7 +369,8 @@ class EvalConfig:
     data: tuple[str, ...] = ()
     """Files in the verl schema, folders of them, or as `data.train`; a set goes by the name of its file."""
     run: str = ""
-    """Folder of a run whose checkpoint is measured; empty: the weights in `model.path`."""
+    """Folder of a run whose checkpoint is measured, with its tokenizer and stop tokens; empty: the weights in
+    `model.path`."""
     step: int = 0
     """Step of the run; 0: the newest that is kept."""
     samples_per_prompt: int = 1

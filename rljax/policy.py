@@ -161,8 +161,15 @@ class LoadedRun:
         return self.config.lora.scale
 
 
-def load_run(run_dir: Path, *, step: int | None = None, with_base: bool = True) -> LoadedRun:
-    """The newest checkpoint of a run, or that of `step`, on whatever mesh this machine makes.
+def load_run(
+    run_dir: Path,
+    *,
+    step: int | None = None,
+    with_base: bool = True,
+    mesh: MeshConfig | None = None,
+    compute_dtype: str = "",
+) -> LoadedRun:
+    """The newest checkpoint of a run, or that of `step`.
 
     Model and tokenizer are those described in `run_dir`/model, so a run can be moved; a run without that folder needs
     the folders named in its config.yaml, as seen from the working directory. So does a run with LoRA, whose checkpoints
@@ -170,6 +177,8 @@ def load_run(run_dir: Path, *, step: int | None = None, with_base: bool = True) 
 
     Args:
       with_base: load what an adapter lies beside.
+      mesh: None: whatever this machine makes, for its devices need not be those of the run.
+      compute_dtype: as `model.compute_dtype`; empty: the run's, or "auto" where `run_dir`/model is all that is read.
 
     Raises:
       ConfigError: no such run or step; a folder that is needed is not there.
@@ -181,8 +190,8 @@ def load_run(run_dir: Path, *, step: int | None = None, with_base: bool = True) 
         config = RunConfig(model=ModelConfig(path=str(run_dir / "model")))
     else:
         config = parse_config([str(run_dir / "config.yaml")])
-    # The devices here need not be those of the run.
-    policy = open_policy(dataclasses.replace(config, mesh=MeshConfig()))
+    model = dataclasses.replace(config.model, compute_dtype=compute_dtype or config.model.compute_dtype)
+    policy = open_policy(dataclasses.replace(config, model=model, mesh=mesh or MeshConfig()))
     store = CheckpointStore(run_dir / "checkpoints", None)
     try:
         state, _, found = store.restore({"params": policy.trained_shapes}, partial=True, step=step)

@@ -15,7 +15,7 @@ from rljax.data.records import read_records
 from rljax.policy import open_policy
 from rljax.sampling.stop import StopStrings
 from rljax.tokenizer import Tokenizer
-from rljax.types import LENGTH, PromptRecord, Rollouts
+from rljax.types import STOP_REASONS, PromptRecord, Rollouts
 
 
 def sample(config: RunConfig) -> int:
@@ -80,7 +80,7 @@ def _write(out: TextIO, place: int, group: Rollouts, tokenizer: Tokenizer, logpr
             "sample": row,
             "prompt": group.prompts.records[0].prompt[-1]["content"],
             "completion": tokenizer.decode(tokens),
-            "stop_reason": "length" if group.stop_reasons[row] == LENGTH else "stop",
+            "stop_reason": STOP_REASONS[int(group.stop_reasons[row])],
             "num_tokens": int(length),
             "logprob": float(drawn.sum(dtype=np.float64)),
         }

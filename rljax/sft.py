@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.config import Architecture, ConfigError, OptimizerConfig, RunConfig
+from rljax.data.pipeline import with_system
 from rljax.data.records import read_records
 from rljax.data.reuse import make_plan
 from rljax.mesh import microbatch_sharding, num_row_shards
@@ -122,6 +123,7 @@ def sft(config: RunConfig) -> Path:
     if not config.data.train:
         raise ConfigError("data.train is empty; give a .parquet or .jsonl file, or task:char_count")
     records = read_records(config.data.train, seed=config.data.seed, task_records=config.data.task_records)
+    records = with_system(records, config.data.system_prompt)
     examples = encode_examples(records, policy, settings.max_tokens)
     needed = settings.steps * settings.batch_size
     plan = make_plan(len(examples), order="shuffle", seed=config.seed, repeats=max(1, -(-needed // len(examples))))

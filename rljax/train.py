@@ -139,6 +139,7 @@ def train(
     if config.lora.rank:
         logger.info("lora: %s", describe_adapter(policy))
     with open_scorer(config.reward, reward) as scorer:
+        scorer.check(pipeline.data_sources | (evaluation.data_sources if evaluation is not None else set()))
         run = _open_run(config, policy, pipeline, num_steps, evaluation, scorer)
         last_step = run.first_step
         try:
@@ -331,6 +332,7 @@ class Collected:
     rollouts: Rollouts
     """Of `data.prompts_per_step` prompts, to train on."""
     rewards: np.ndarray  # [P, G] float32, of `rollouts`
+    judged: np.ndarray  # [P, G] bool, of `rollouts`: the others have no reward
     stats: list[Stats]
     """Of each round."""
     metrics: dict[str, float]
@@ -364,18 +366,25 @@ def _collect(run: Run, timer: PhaseTimer) -> Collected:
         with timer("reward"):  # what is left of it: groups are scored while others are being decoded
             parts.append(sampling.wait())
         stats.append(run.sampler.stats)
-        found += int(has_spread(parts[-1].rewards).sum())
+        found += int(has_spread(parts[-1].rewards, _judged(run, parts[-1])).sum())
     sampled = parts[0] if len(parts) == 1 else join_scored(parts)
+    judged = _judged(run, sampled)
     if most == 1:
-        return Collected(sampled, sampled.rollouts, sampled.rewards, stats, {})
-    places = groups_to_train_on(sampled.rewards, wanted)
+        return Collected(sampled, sampled.rollouts, sampled.rewards, judged, stats, {})
+    places = groups_to_train_on(sampled.rewards, wanted, judged)
     metrics = {
         "dynamic_sampling/rounds": float(len(parts)),
         "dynamic_sampling/prompts": float(len(sampled.rewards)),
         "dynamic_sampling/kept_group_fraction": min(found, wanted) / len(sampled.rewards),
         "dynamic_sampling/missing_groups": float(max(wanted - found, 0)),  # others, without a spread, fill up
     }
-    return Collected(sampled, select_prompts(sampled.rollouts, places), sampled.rewards[places], stats, metrics)
+    rollouts = select_prompts(sampled.rollouts, places)
+    return Collected(sampled, rollouts, sampled.rewards[places], judged[places], stats, metrics)
+
+
+def _judged(run: Run, scored: Scored) -> np.ndarray:
+    """[P, G] bool: which rewards count. In mode paper all do: its code gave 0 for whatever went wrong."""
+    return scored.judged | (run.config.reward.mode == "paper")
 
 
 def _step(run: Run, step: int) -> dict[str, float]:
@@ -385,7 +394,7 @@ def _step(run: Run, step: int) -> dict[str, float]:
         collected = _collect(run, timer)
         sampled, rollouts = collected.sampled, collected.rollouts
         with timer("update"):
-            advantages, penalty = _advantages(run, rollouts, collected.rewards)
+            advantages, penalty = _advantages(run, collected)
             generation = flop_metrics(generation=_generation(run, sampled.rollouts))
             metrics = to_floats(merge(merge(run.learner.step(rollouts, advantages), penalty), generation))
             run.learner.move_reference(step)
@@ -406,7 +415,7 @@ def _step(run: Run, step: int) -> dict[str, float]:
     seconds = timer.take()
     return {
         **metrics,
-        **group_metrics(sampled.rewards),
+        **group_metrics(sampled.rewards, _judged(run, sampled)),
         **summarise(sampled.verdicts),
         **hack_metrics(sampled.verdicts, sampled.others, run.scorer.mode),
         **collected.metrics,
@@ -462,9 +471,10 @@ def _sampler_metrics(stats: list[Stats]) -> dict[str, float]:
     }
 
 
-def _advantages(run: Run, rollouts: Rollouts, rewards: np.ndarray) -> tuple[np.ndarray, dict[str, Metric]]:
-    """Advantages [P, G] of verified `rewards` [P, G] once length and KL have been taken off them."""
+def _advantages(run: Run, collected: Collected) -> tuple[np.ndarray, dict[str, Metric]]:
+    """Advantages [P, G] of the verified rewards once length and KL have been taken off them."""
     config, algorithm = run.config.reward, run.config.algorithm
+    rollouts, rewards = collected.rollouts, collected.rewards
     lengths, metrics = rollouts.lengths.reshape(rewards.shape), {}
     if config.overlong_buffer_tokens:
         cap = rollouts.tokens.shape[1]
@@ -472,9 +482,15 @@ def _advantages(run: Run, rollouts: Rollouts, rewards: np.ndarray) -> tuple[np.n
     if algorithm.kl_in == "reward" and algorithm.kl_coefficient > 0:
         penalty, metrics = run.learner.kl_penalty(rollouts)
         rewards = rewards - penalty
-    return group_advantages(
-        rewards, lengths, algorithm.advantage, algorithm.advantage_eps, clip=algorithm.advantage_clip
-    ), metrics
+    advantages = group_advantages(
+        rewards,
+        lengths,
+        algorithm.advantage,
+        algorithm.advantage_eps,
+        clip=algorithm.advantage_clip,
+        judged=collected.judged,
+    )
+    return advantages, metrics
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -44,6 +44,9 @@ class Prompts:
 STOP, LENGTH = 0, 1
 """Stop reasons: a stop token or a stop string was sampled; the completion reached the cap."""
 
+STOP_REASONS = {STOP: "stop", LENGTH: "length"}
+"""As files have them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:

@@ -350,8 +350,8 @@ def test_lines_of_a_quickstart() -> None:
 @pytest.mark.parametrize("row", [row for row in rewards.ROWS if row in VERIFIERS])
 def test_items_of_the_reward_benchmark_have_the_scores_they_were_made_with(row: str) -> None:
     name = row.partition("/")[0]
-    if name == "coder1" and sandbox._problem():
-        pytest.skip(f"needs a sandbox: {sandbox._problem()}")
+    if name == "coder1" and sandbox.problem():
+        pytest.skip(f"needs a sandbox: {sandbox.problem()}")
     items, scores = rewards.make_items(row, name, 2 if name == "coder1" else 100, seed=1)
     assert [VERIFIERS[row](item.response, item.ground_truth, {}) for item in items] == pytest.approx(scores)
     assert len({item.response for item in items}) == len(items)

@@ -32,6 +32,8 @@ from rljax.export import save_description
 from rljax.metrics import ALIASES
 from rljax.models import hf
 from rljax.policy import open_policy
+from rljax.rewards import sandbox
+from rljax.rl.advantages import group_advantages
 from rljax.rl.learner import checkpoint_shapes, state_shapes, update_shape
 from rljax.tokenizer import character_tokenizer, load_tokenizer
 from rljax.train import batch_table, train
@@ -891,11 +893,54 @@ def test_a_reward_of_ones_own_in_code_and_in_a_file(place: Place, tmp_path: Path
     assert main(["train", *given, "--run_dir", str(in_file), "--steps", "2", "--reward.file", own]) == 0
 
 
+@pytest.mark.parametrize(("mode", "missing"), [("fixed", True), ("paper", False)])
+def test_where_a_reward_fails_there_is_none(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, missing: bool
+) -> None:
+    """All others are alike, so nothing is learnt; the paper's code took 0 for it, which differs from them."""
+    learnt: list[np.ndarray] = []
+
+    def spy(*given: Any, **named: Any) -> np.ndarray:
+        learnt.append(group_advantages(*given, **named))
+        return learnt[-1]
+
+    def half(response: str, ground_truth: str, extra_info: dict[str, Any]) -> float:
+        return float("nan") if "1" in response else 0.5
+
+    monkeypatch.setattr("rljax.train.group_advantages", spy)
+    given = ["--steps", "1", "--evaluation.data", "", "--reward.mode", mode, "--run_dir", str(tmp_path)]
+    train(parse_config([place.config, *given]), reward=half)
+    (row,) = metrics_of(tmp_path)
+    failed = row["reward/error_fraction"]
+    assert 0 < failed < 1
+    assert row["reward/missing_fraction"] == failed * missing
+    assert row["reward/mean"] == pytest.approx(0.5 if missing else 0.5 * (1 - failed))
+    assert len(learnt) == 1 and learnt[0].any() != missing
+    assert (row["reward/zero_spread_group_fraction"] == 1) == missing
+
+
 def test_no_file_may_say_what_code_to_run(tmp_path: Path, refused: Refused) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("reward: {file: 'mine.py:score'}\n")
     said = refused("train", str(config))
     assert "reward.file = 'mine.py:score'" in said and "command line only" in said
+
+
+@pytest.mark.parametrize("which", ["data.train", "evaluation.data"])
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [("codegen__toy", "no sandbox for them: none here"), ("poetry", "data_source = 'poetry' has no verifier")],
+)
+def test_a_run_that_could_not_score_does_not_begin(
+    place: Place, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, which: str, source: str, says: str
+) -> None:
+    """Without a sandbox every program would score 0, and a run would train on that."""
+    monkeypatch.setattr(sandbox, "problem", lambda: "none here")
+    rows = [{"prompt": "a:bcda", "ground_truth": '{"functional": "check(f)"}', "data_source": source}] * 24
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"--{which}", str(tmp_path / "toy.jsonl"), "--model.tokenizer", place.tokenizer]
+    assert says in refused("train", place.config, *given, "--run_dir", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_hack_meter_of_a_run(place: Place, tmp_path: Path) -> None:
@@ -912,6 +957,13 @@ def test_the_hack_meter_of_a_run(place: Place, tmp_path: Path) -> None:
             assert "reward/hacked_fraction" not in row
         else:
             assert row["reward/hacked_fraction"] == row["reward/modes_differ_fraction"] == row["reward/mean"] > 0
+
+
+def test_sft_learns_the_prompts_of_the_run(place: Place, tmp_path: Path, refused: Refused) -> None:
+    """System message included, which here is what makes them too long."""
+    config = [str(place.root / "from_scratch.yaml"), "--run_dir", str(tmp_path), "--sft.max_tokens", "40"]
+    said = refused("sft", *config, "--data.system_prompt", "a" * 40)
+    assert "no example has at most sft.max_tokens = 40" in said
 
 
 def test_sft_of_a_task_makes_its_own_vocabulary(place: Place, tmp_path: Path) -> None:

@@ -175,6 +175,11 @@ class PromptPipeline:
         return prompts
 
     @property
+    def data_sources(self) -> set[str]:
+        """What its records name as their verifier's."""
+        return {record.data_source for record in self._records}
+
+    @property
     def is_exhausted(self) -> bool:
         """Whether all whole batches of the plan have been served."""
         return self._served >= self._batches

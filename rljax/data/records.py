@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from rljax.config import ConfigError
 from rljax.data.tasks import TASKS, Split
+from rljax.jsonl import read_lines
 from rljax.types import PromptRecord
 
 Row = tuple[str, dict[str, Any]]
@@ -111,23 +112,6 @@ def _path_rows(source: str, split: Split) -> Iterator[Row]:
     return READERS[path.suffix](path)
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{where}: not UTF-8 ({error}); give a JSONL file, as text") from error
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{where}: a {type(row).__name__}; each line must be one JSON object")
-            yield where, row
-
-
 def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
@@ -194,7 +178,7 @@ def _table_rows(name: str, batches: Any) -> Iterator[Row]:
             number += 1
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".parquet": _parquet_rows, ".jsonl": read_lines}
 """File readers by extension."""
 
 # ---------------------------------------------------------------------------------------------------- row -> record

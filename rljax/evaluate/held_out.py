@@ -11,13 +11,12 @@ import numpy as np
 from rljax.config import EvaluationConfig, RunConfig
 from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, stack_prompts, with_system
 from rljax.data.records import read_records
+from rljax.evaluate.estimators import mean_at_k
 from rljax.rewards.pool import Verdict, summarise
 from rljax.rewards.scorer import Scorer, Scoring
 from rljax.sampling.engine import Sampler
 from rljax.tokenizer import Tokenizer
-from rljax.types import LENGTH, PromptRecord, Prompts, Rollouts, join_rollouts
-
-STOP_REASONS = {0: "stop", LENGTH: "length"}
+from rljax.types import LENGTH, STOP_REASONS, PromptRecord, Prompts, Rollouts, join_rollouts
 
 
 def repaired_prompt(record: PromptRecord) -> PromptRecord:
@@ -39,6 +38,7 @@ class Scored:
 
     rollouts: Rollouts
     rewards: np.ndarray  # [P, G] float32
+    judged: np.ndarray  # [P, G] bool: the verifier did not fail
     texts: list[str]  # row by row, as the verdicts
     verdicts: list[Verdict]
     others: list[Verdict | None]  # of the other mode of the verifier, where it was asked
@@ -49,6 +49,7 @@ def join_scored(parts: Sequence[Scored]) -> Scored:
     return Scored(
         join_rollouts([part.rollouts for part in parts]),
         np.concatenate([part.rewards for part in parts]),
+        np.concatenate([part.judged for part in parts]),
         [text for part in parts for text in part.texts],
         [verdict for part in parts for verdict in part.verdicts],
         [verdict for part in parts for verdict in part.others],
@@ -68,7 +69,8 @@ class BeingScored:
         verdicts = [verdict for _, scoring in self.groups for verdict in scoring.result()]
         others = [verdict for _, scoring in self.groups for verdict in scoring.other()]
         rewards = np.array([verdict.score for verdict in verdicts], np.float32).reshape(-1, self.rollouts.group_size)
-        return Scored(self.rollouts, rewards, texts, verdicts, others)
+        judged = np.array([not verdict.is_failure for verdict in verdicts]).reshape(rewards.shape)
+        return Scored(self.rollouts, rewards, judged, texts, verdicts, others)
 
 
 def sample(
@@ -131,8 +133,8 @@ class EvaluationResult:
 
     @property
     def pass_at_1(self) -> float:
-        """Mean score of one sample: over prompts of the mean over samples."""
-        return float(self.scores.mean(dtype=np.float64))
+        """Mean score of one sample."""
+        return self.metrics["eval/pass@1"]
 
 
 class Evaluation:
@@ -154,6 +156,11 @@ class Evaluation:
         self._prompts = stack_prompts(self._records, self._encoded, places, prompt_slots(self._encoded))
         self._tokenizer = tokenizer
 
+    @property
+    def data_sources(self) -> set[str]:
+        """What its records name as their verifier's."""
+        return {record.data_source for record in self._records}
+
     def run(self, sampler: Sampler, scorer: Scorer, key: jax.Array, *, keep_rows: int = 4) -> EvaluationResult:
         """Samples and scores every prompt. A draw depends on `key` and the prompt's place only."""
         scored = sample(
@@ -166,15 +173,12 @@ class Evaluation:
             temperature=self._config.temperature,
             max_completion_tokens=self._cap,
         ).wait()
-        rollouts, verdicts, count = scored.rollouts, scored.verdicts, len(self._prompts)
-        per_prompt = scored.rewards.mean(axis=1, dtype=np.float64)
-        passed = float(per_prompt.mean())
+        rollouts, verdicts, passed = scored.rollouts, scored.verdicts, mean_at_k(scored.rewards)
         metrics = {
-            "eval/pass@1": passed,
-            "eval/test_loss": 1.0 - passed,
-            # Prompts are the independent draws, samples of one prompt are not: clustered by prompt.
-            "eval/standard_error": float(per_prompt.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
-            "eval/num_prompts": float(count),
+            "eval/pass@1": passed.value,
+            "eval/test_loss": 1.0 - passed.value,
+            "eval/standard_error": passed.standard_error,
+            "eval/num_prompts": float(len(self._prompts)),
             "eval/completion_length_tokens": float(rollouts.lengths.mean()),
             "eval/truncated_fraction": float(np.mean(rollouts.stop_reasons == LENGTH)),
             **{name.replace("reward/", "eval/"): share for name, share in summarise(verdicts).items()},

@@ -6,6 +6,7 @@ stop_reason, num_tokens` and what scored it: `score, error, seconds`.
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 
 from rljax.config import ConfigError, RewardConfig
 from rljax.evaluate.estimators import Estimate, majority_at_k, mean_at_k, pass_at_k, powers_up_to
-from rljax.rewards.answers import last_boxed
+from rljax.jsonl import read_lines
+from rljax.rewards.answers import marked_answer
 from rljax.rewards.offline import scored_fields
 from rljax.rewards.scorer import Scorer, open_scorer
 
@@ -51,15 +53,6 @@ class SetResult:
         return dataclasses.asdict(self)
 
 
-def final_answer(response: str) -> str | None:
-    """What a vote counts: the last box, else what follows the last "####" on its line; None: no answer."""
-    boxed = last_boxed(response)
-    if boxed is not None:
-        return boxed
-    _, marker, tail = response.rpartition("####")
-    return tail.strip().partition("\n")[0] or None if marker else None
-
-
 def summarise_set(name: str, lines: Sequence[dict[str, Any]], dropped: int = 0) -> SetResult:
     """Of the lines of one set, every prompt with as many completions.
 
@@ -79,7 +72,7 @@ def summarise_set(name: str, lines: Sequence[dict[str, Any]], dropped: int = 0) 
     scores = np.array([[line["score"] for line in group] for group in groups])
     sources = [group[0]["data_source"] for group in groups]
     has_votes = not any(source.startswith(_WITHOUT_VOTE) for source in sources)
-    answers = [[final_answer(line["response"]) for line in group] for group in groups]
+    answers = [[marked_answer(line["response"]) or None for line in group] for group in groups]  # "" is no vote
     kinds = [line["error"].partition(":")[0] for line in lines if line["error"]]
     return SetResult(
         name=name,
@@ -140,10 +133,11 @@ def _text(estimate: Estimate | None) -> str:
 def write_results(
     folder: Path, lines: Sequence[dict[str, Any]], results: Sequence[SetResult], about: dict[str, Any]
 ) -> None:
-    """Writes predictions, results as JSON and the table as Markdown into a folder that is made."""
+    """Writes results as JSON, the table as Markdown and predictions into a folder that is made.
+
+    The predictions come last and whole: a folder that holds them is finished, and any other may be written again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / PREDICTIONS).open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(line) + "\n" for line in lines)
     whole = {**about, "overall": overall(results), "sets": [result.as_json() for result in results]}
     (folder / RESULTS).write_text(json.dumps(whole, indent=2) + "\n")
     header, *rows = table_rows(results)
@@ -151,10 +145,20 @@ def write_results(
     text = "".join(f"| {' | '.join(row)} |\n" for row in (header, align, *rows))
     mean = f"Unweighted mean over data sources: {whole['overall']:.3f}. ± is a standard error, clustered by prompt.\n"
     (folder / TABLE).write_text(f"{text}\n{mean}")
+    partial = folder / f"{PREDICTIONS}.partial"
+    with partial.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+    os.replace(partial, folder / PREDICTIONS)
+
+
+def reward_settings(config: RewardConfig, scorer: Scorer) -> dict[str, Any]:
+    """What scored, for `results.json`; the name is `custom` where it was none of the verifiers."""
+    return {"mode": config.mode, "reward": {**dataclasses.asdict(config), "name": scorer.name}}
 
 
 def rescore(folder: str, config: RewardConfig, output: str = "") -> list[SetResult]:
-    """Scores the predictions saved in `folder` anew, without a model; writes them to `output` (empty: `folder`/MODE).
+    """Scores the predictions saved in `folder` anew, without a model; writes them to `output`, or without it to
+    rescored-MODE in `folder`.
 
     Raises:
       ConfigError: there are none, or the output exists.
@@ -174,7 +178,8 @@ def rescore(folder: str, config: RewardConfig, output: str = "") -> list[SetResu
     about = {name: value for name, value in about.items() if name not in ("sets", "overall")}
     # The mode also chooses the prompt of some sets (`held_out.repaired_prompt`), which scoring anew does not change.
     sampled = {"sampled_in_mode": about.get("sampled_in_mode", about.get("mode"))}
-    write_results(to, scored, results, about | sampled | {"mode": config.mode, "rescored_from": str(folder)})
+    about |= sampled | reward_settings(config, scorer) | {"rescored_from": str(folder)}
+    write_results(to, scored, results, about)
     return results
 
 
@@ -183,17 +188,10 @@ _LINE = ("set", "place", "data_source", "response", "ground_truth", "extra_info"
 
 def _read_predictions(file: Path) -> list[dict[str, Any]]:
     lines = []
-    # split, not splitlines: a completion may hold any of the characters Unicode calls a line end.
-    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{file}:{number}: not JSON ({error}); give the file as `rljax eval` wrote it") from error
-        missing = [name for name in _LINE if not isinstance(line, dict) or name not in line]
+    for where, line in read_lines(file):
+        missing = [name for name in _LINE if name not in line]
         if missing:
-            raise ConfigError(f"{file}:{number}: no {', '.join(missing)}; give the file as `rljax eval` wrote it")
+            raise ConfigError(f"{where}: no {', '.join(missing)}; give the file as `rljax eval` wrote it")
         lines.append(line)
     if not lines:
         raise ConfigError(f"{file} holds no prediction; give the folder of an evaluation that came to its end")

@@ -11,17 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from rljax.config import ConfigError, RunConfig
+from rljax.config import ConfigError, RunConfig, field_value
+from rljax.config_file import config_differences, read_yaml
 from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, stack_prompts, with_system
 from rljax.data.records import READERS, read_records
-from rljax.evaluate.held_out import STOP_REASONS, Scored, repaired_prompt, sample
-from rljax.evaluate.predictions import PREDICTIONS, SetResult, summarise_set, write_results
+from rljax.evaluate.held_out import Scored, repaired_prompt, sample
+from rljax.evaluate.predictions import PREDICTIONS, SetResult, reward_settings, summarise_set, write_results
 from rljax.models.lora import attach
 from rljax.policy import Policy, load_run, open_policy
 from rljax.rewards.offline import scored_fields
 from rljax.rewards.scorer import RewardFunction, Scorer, open_scorer
 from rljax.sampling.engine import Sampler
-from rljax.types import PromptRecord
+from rljax.types import STOP_REASONS, PromptRecord
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +39,18 @@ def evaluate(config: RunConfig, *, reward: RewardFunction | None = None) -> list
     """Samples and scores every set of `config.eval`, writes predictions and tables, and returns the results.
 
     A completion is a function of the parameters, `config.seed`, the set's name, the prompt's place in it and its own
-    number. Weights come from `eval.run`, the folder of a run, else from `model.path`.
+    number. Weights come from `eval.run`, the folder of a run, with its tokenizer and stop tokens, else from
+    `model.path`; mesh and compute dtype are those of `config` either way.
 
     Args:
       reward: scores in the place of the verifiers, as in `train`.
 
     Raises:
-      ConfigError: no data, no weights, a set without a verifier, or an output that exists.
+      ConfigError: no data, no weights, settings of another model than the run's, a set without a verifier, or an output
+        that exists.
     """
     settings = config.eval
+    _refuse_unused(config)
     output = Path(settings.output or Path(settings.run or config.run_dir) / "eval")
     if (output / PREDICTIONS).exists():
         raise ConfigError(f"{output} holds predictions already and is not overwritten; give another eval.output")
@@ -64,7 +68,7 @@ def evaluate(config: RunConfig, *, reward: RewardFunction | None = None) -> list
             results.append(summarise_set(one.name, found, dropped))
             lines += found
             logger.info("%s: %s %.3f", one.name, "mean", results[-1].mean.value)
-    write_results(output, lines, results, _about(config, step))
+    write_results(output, lines, results, _about(config, step, scorer))
     logger.info("wrote %s", output)
     return results
 
@@ -102,10 +106,42 @@ def read_sets(sources: Sequence[str], *, limit: int = 0, seed: int = 0) -> list[
     ]
 
 
+_OF_THE_RUN = (
+    *("model.path", "model.architecture", "model.tokenizer", "model.revision", "sampling.stop_token_ids"),
+    *("lora.rank", "lora.alpha", "lora.targets"),
+)
+"""Settings that `eval.run` answers by itself."""
+
+
+def _refuse_unused(config: RunConfig) -> None:
+    """Raises ConfigError for a setting of the weights that would have no effect and is not what the run has."""
+    run, saved = config.eval.run, Path(config.eval.run) / "config.yaml"
+    if config.eval.step and not run:
+        raise ConfigError(
+            f"eval.step = {config.eval.step} is a step of a run, and eval.run is empty; give the run's folder with "
+            "--eval.run, or leave eval.step out"
+        )
+    if not run or not saved.is_file():
+        return
+    given = [name for name in _OF_THE_RUN if field_value(config, name) != field_value(RunConfig(), name)]
+    lines = config_differences(read_yaml(saved), dataclasses.asdict(config))
+    unused = [line for line in lines if line.partition(":")[0] in given]
+    if unused:
+        raise ConfigError(
+            f"eval.run = {run} brings its own model (the run's -> given): {'; '.join(unused)}. Leave these out, or "
+            "measure other weights with --model.path and without --eval.run"
+        )
+
+
 def _weights(config: RunConfig) -> tuple[Policy, Any, int | None]:
     """(policy, parameters, step of the run they are of; None: they are of a folder)."""
     if config.eval.run:
-        run = load_run(Path(config.eval.run), step=config.eval.step or None)
+        run = load_run(
+            Path(config.eval.run),
+            step=config.eval.step or None,
+            mesh=config.mesh,
+            compute_dtype=config.model.compute_dtype,
+        )
         return run.policy, attach(run.base, run.trained, run.lora_scale), run.step
     policy = open_policy(config)
     return policy, policy.load_params(config.seed), None
@@ -157,12 +193,12 @@ def _lines(name: str, scored: Scored) -> list[dict[str, Any]]:
     return lines
 
 
-def _about(config: RunConfig, step: int | None) -> dict[str, Any]:
+def _about(config: RunConfig, step: int | None, scorer: Scorer) -> dict[str, Any]:
     """What the numbers are of."""
     return {
         "model": config.eval.run or config.model.path or config.model.architecture,
         "step": step,
-        "mode": config.reward.mode,
+        **reward_settings(config.reward, scorer),
         "seed": config.seed,
         "settings": dataclasses.asdict(config.eval),
         "max_prompt_tokens": config.data.max_prompt_tokens,

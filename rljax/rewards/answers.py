@@ -1,5 +1,6 @@
 """What verifiers share: where in a completion the answer stands, and how to decline to judge one."""
 
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -16,8 +17,9 @@ class Undecidable(Exception):
     """
 
 
-MORE_SECONDS = {"coder1/paper": 30.0, "coder1/fixed": 30.0}
-"""By verifier: what it may take beyond the limit of an item, for a program in a completion has a limit of its own."""
+def is_coroutine_function(function: Callable[..., Any]) -> bool:
+    """Whether a call of `function`, an object with `async def __call__` among them, has to be awaited."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def checked_score(verifier: str, score: Any) -> float:
@@ -39,6 +41,22 @@ _CHANGES_VALUE = re.compile(
 def words_of_value(answer: str) -> list[str]:
     """Words beside a number that make it another one, or a range, sorted: 5 million is not 5, nor is 5 or less."""
     return sorted(re.sub(r"\s+", " ", word.lower()) for word in _CHANGES_VALUE.findall(answer))
+
+
+DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+"""Pattern of a number without a sign, thousands with or without commas."""
+
+_MAX_NESTING = 32
+
+
+def refuse_deep_nesting(text: str) -> None:
+    """Raises Undecidable for brackets in brackets that would stop a computer-algebra system."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    if deepest > _MAX_NESTING:
+        raise Undecidable(f"brackets nested {deepest} deep; at most {_MAX_NESTING} are read")
 
 
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
@@ -63,3 +81,12 @@ def last_boxed(text: str) -> str | None:
         elif symbol.endswith("{") and len(symbol) > 2:
             opened.append(token.end())
     return None if best[0] < 0 else text[slice(*best)].strip()
+
+
+def marked_answer(text: str) -> str | None:
+    """The last box, else what follows the last "####" on its line, which may be nothing; None: neither is there."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
+    _, marker, tail = text.rpartition("####")
+    return tail.strip().partition("\n")[0] if marker else None

@@ -5,7 +5,7 @@ the program in `sandbox`, and refuse where there is none. The interpreter is the
 environment: only the standard library can be imported. A process gets 1 GiB; the paper's had 10.
 
 What `score` does not stop: a program that knows the public tests and answers just them, wrong programs that the tests
-do not tell from right ones, and, where RLJAX_UNSANDBOXED_CODE is set, a program that reads or changes the memory of the
+do not tell from right ones, and, where there is no sandbox, a program that reads or changes the memory of the
 tests' process, since nothing separates them there.
 
 The ground truth is a JSON object whose "functional" is test code that ends in a call `check(name)`.
@@ -24,7 +24,7 @@ from typing import Any
 from rljax.rewards import calls, sandbox
 
 SECONDS = 30.0
-"""Wall-clock limit of one program with its tests."""
+"""Wall-clock limit of one program with its tests, which an item may take beside its own."""
 
 _PAPER_FENCE = re.compile(r"```\w*\n")
 _OPEN_FENCE = re.compile(r"(?P<before>[^`]*+)(?P<ticks>`{3,}+)[ \t]*+(?P<language>[\w+.-]*+)[^`]*+")

@@ -30,6 +30,9 @@ VERIFIERS: dict[str, Verifier] = {
 }
 """By "name/mode", what `verifier_for` gives."""
 
+PROGRAMS = frozenset(f"coder1/{mode}" for mode in _BOTH["coder1"])
+"""Those that run a program: they need `sandbox`, and `coder1.SECONDS` beside the limit of an item."""
+
 CUSTOM = "custom"
 """The verifier that `reward.file` names."""
 
@@ -70,7 +73,8 @@ def verifier_for(data_source: str, name: str = "auto", mode: Mode = "fixed") -> 
             return f"{verifier}/{mode}"
     raise ConfigError(
         f"data_source = {data_source!r} has no verifier with reward.name = 'auto', which knows sources that begin with "
-        f"{', '.join(_SOURCES)}; correct the records' data_source or set reward.name to one of {', '.join(_BOTH)}"
+        f"{', '.join(_SOURCES)}; correct the records' data_source or set reward.name (to `rljax reward` and "
+        f"`rljax eval --rescore`: --name) to one of {', '.join(_BOTH)}"
     )
 
 

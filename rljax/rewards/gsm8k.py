@@ -8,13 +8,11 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from rljax.rewards.answers import Undecidable, last_boxed, words_of_value
+from rljax.rewards.answers import DECIMAL, Undecidable, marked_answer, words_of_value
 from rljax.rewards.math_dapo import last_box
 from rljax.rewards.whole_text import agrees
 
-_NUMBER = re.compile(
-    r"(?<![\d.)])-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s*/\s*[1-9]\d*)?|(?<=[)])\d+"
-)
+_NUMBER = re.compile(rf"(?<![\d.)])-?(?:{DECIMAL})(?:\s*/\s*[1-9]\d*)?|(?<=[)])\d+")
 _MAX_NUMBER_CHARS = 100
 _BETWEEN_NUMBERS = re.compile(r"(?<=\d)(?:\\[!,;: ](?!\d{3}(?!\d))|\\?[$%])(?=\d)")
 
@@ -55,12 +53,9 @@ def score(response: str, ground_truth: str, extra_info: dict[str, Any]) -> float
 
 
 def _candidate(response: str) -> str | None:
-    boxed = last_boxed(response)
-    if boxed is not None:
-        return boxed
-    _, marker, tail = response.rpartition("####")
-    if marker:
-        return tail.strip().partition("\n")[0]
+    marked = marked_answer(response)
+    if marked is not None:
+        return marked
     numbers = _NUMBER.findall(response.replace("\N{MINUS SIGN}", "-"))
     return numbers[-1] if numbers else None
 

@@ -20,10 +20,9 @@ import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.parser import normalize_latex
 
-from rljax.rewards.answers import Undecidable, last_boxed, words_of_value
+from rljax.rewards.answers import DECIMAL, Undecidable, last_boxed, refuse_deep_nesting, words_of_value
 
 _MAX_CHARS = 256
-_MAX_NESTING = 32
 _MAX_EXPONENT_DIGITS = 5
 _MAX_FACTORIAL_DIGITS = 4
 _MAX_COMMAS = 100
@@ -31,9 +30,8 @@ _MAX_COMMAS = 100
 # Nothing but the box: unanchored patterns would pick one number out of what does not parse as a whole.
 _WHOLE = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
 
-_DECIMAL = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 _RATIONAL = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:(?P<decimal>{_DECIMAL})|\\[dt]?frac\s*\{{(?P<top>\d+)\}}\s*\{{(?P<bottom>\d+)\}}"
+    rf"(?P<sign>[-+]?)\s*(?:(?P<decimal>{DECIMAL})|\\[dt]?frac\s*\{{(?P<top>\d+)\}}\s*\{{(?P<bottom>\d+)\}}"
     r"|(?P<over>\d+)\s*/\s*(?P<under>\d+))"
 )
 _NUMERAL = r"-?\d[0-9A-Za-z.]*"
@@ -232,12 +230,7 @@ def _differ_as_numbers(gold: Any, answer: Any) -> bool:
 
 def _refuse_expensive(answer: str) -> None:
     """Raises Undecidable for what makes a computer-algebra system hang, and for what it reads as something else."""
-    depth = deepest = 0
-    for character in answer:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    if deepest > _MAX_NESTING:
-        raise Undecidable(f"brackets nested {deepest} deep; at most {_MAX_NESTING} are read")
+    refuse_deep_nesting(answer)
     if _braces_cross(answer):
         raise Undecidable(f"{answer!r} has unbalanced braces")
     if answer.count(",") > _MAX_COMMAS:

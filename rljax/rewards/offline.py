@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rljax.config import ConfigError, RewardConfig
+from rljax.jsonl import read_lines
 from rljax.rewards.pool import Verdict
 from rljax.rewards.scorer import Scorer, open_scorer
 
@@ -72,24 +73,12 @@ def scored_fields(verdict: Verdict) -> dict[str, Any]:
 
 
 def _lines(path: str) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{Path(path).name}:{number}"
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{where}: not UTF-8 ({error}); give a JSONL file, as text") from error
-            if text.strip():
-                yield _checked(text, where)
+    for where, line in read_lines(path):
+        _check(line, where)
+        yield line
 
 
-def _checked(text: str, where: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
-    if not isinstance(line, dict):
-        raise ConfigError(f"{where}: a {type(line).__name__}; each line must be one JSON object")
+def _check(line: dict[str, Any], where: str) -> None:
     missing = [name for name in _REQUIRED if line.get(name) is None]
     if missing:
         raise ConfigError(
@@ -99,4 +88,3 @@ def _checked(text: str, where: str) -> dict[str, Any]:
     for name, kind in (("data_source", str), ("response", str), ("extra_info", dict)):
         if not isinstance(line.get(name), kind | None):
             raise ConfigError(f"{where}: {name} is a {type(line[name]).__name__}; it must be a {kind.__name__}")
-    return line

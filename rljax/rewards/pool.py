@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, Literal
 
-from rljax.rewards.answers import MORE_SECONDS
-from rljax.rewards.sandbox import UNSANDBOXED
+from rljax.rewards import coder1, sandbox
+from rljax.rewards.dispatch import PROGRAMS
 
 Status = Literal["scored", "unparseable", "error", "timeout", "crashed"]
 
@@ -62,6 +62,11 @@ class Verdict:
     """Wall-clock, from handing the item to a worker."""
     message: str = ""
 
+    @property
+    def is_failure(self) -> bool:
+        """The verifier failed, so that the 0 says nothing of the completion; of an unparseable one it does."""
+        return self.status in ("error", "timeout", "crashed")
+
 
 def summarise(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Share of the items whose 0 is not a judgement, by kind: `reward/{unparseable,error,timeout,crashed}_fraction`."""
@@ -99,8 +104,8 @@ class RewardPool:
         self._timeout_seconds = timeout_seconds
         alarm = str(timeout_seconds + _ALARM_MARGIN_SECONDS)
         self._command = (*command, str(memory_bytes), alarm, *([reward_file] if reward_file else []))
-        # Hash seed: sympy's order of terms, hence a verdict, must not vary.
-        self._environment = {"PYTHONHASHSEED": "0", UNSANDBOXED: "1" if unsandboxed_code else "0"}
+        self._unsandboxed_code = unsandboxed_code
+        self._environment = {"PYTHONHASHSEED": "0"}  # sympy's order of terms, hence a verdict, must not vary
         self._lock = threading.Lock()
         self._closed = False
         self._failure = ""
@@ -141,13 +146,18 @@ class RewardPool:
         return RewardHandle([self._threads.submit(self._score_one, item) for item in items])
 
     def _score_one(self, item: RewardItem) -> Verdict:
+        request, limit = dataclasses.asdict(item), self._timeout_seconds
+        if item.verifier in PROGRAMS:
+            limit += coder1.SECONDS
+            request["alarm_seconds"] = limit + _ALARM_MARGIN_SECONDS
+            # Tried here: once, and outside the limit of an item.
+            request["sandbox"] = {"found": sandbox.problem(), "unsandboxed": self._unsandboxed_code}
         # surrogatepass: a lone surrogate goes through (`json.loads` decodes it so); JSON escapes NUL and line ends.
-        line = json.dumps(dataclasses.asdict(item), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         worker = self._ready_worker()
         if item.verifier not in worker.verifiers:
             self._idle.append(worker)
             raise AssertionError(f"no verifier {item.verifier!r}; there are {', '.join(worker.verifiers)}")
-        limit = self._timeout_seconds + MORE_SECONDS.get(item.verifier, 0.0)
         start = time.monotonic()
         try:
             reply = worker.ask(line, deadline=start + limit)

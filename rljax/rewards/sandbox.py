@@ -8,9 +8,9 @@ file size and open files, set before the program's first line. All of it dies wi
 Not stopped: what the kernel itself lets through (there is no system-call filter; for hostile users take a virtual
 machine), time spent on the CPU, and memory up to the address space times the processes of one run.
 
-Without a working bubblewrap nothing is run: `check` says what is missing. Only where the environment variable
-RLJAX_UNSANDBOXED_CODE is "1" does a plain process with the resource limits alone take its place, which can read, write
-and send whatever the user can.
+Without a working bubblewrap nothing is run: `check` says what is missing. Only where `settle` allowed it, which is
+`reward.unsandboxed_code`, does a plain process with the resource limits alone take its place, which can read, write and
+send whatever the user can.
 """
 
 import contextlib
@@ -29,9 +29,6 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from rljax.config import ConfigError
-
-UNSANDBOXED = "RLJAX_UNSANDBOXED_CODE"
-"""Environment variable; "1" lets code run without a sandbox where none works."""
 
 _NOBODY = "65534"
 _SCRATCH_BYTES = 16 << 20
@@ -103,15 +100,26 @@ def check() -> None:
     """Returns if programs can be run.
 
     Raises:
-      ConfigError: there is no working sandbox, and RLJAX_UNSANDBOXED_CODE is not "1".
+      ConfigError: there is no working sandbox, and programs may not run without one.
     """
-    problem = _problem()
-    if problem and not _unsandboxed_allowed():
+    found = problem()
+    if found and not (_settled and _settled.unsandboxed):
         raise ConfigError(
-            f"code rewards run programs that a model wrote, and there is no sandbox for them: {problem}; or, to run "
+            f"code rewards run programs that a model wrote, and there is no sandbox for them: {found}; or, to run "
             "them with all the rights of this user, give --reward.unsandboxed_code true (to `rljax reward` and "
             "`rljax eval --rescore`: --unsandboxed-code)"
         )
+
+
+def settle(found: str, *, unsandboxed: bool) -> None:
+    """For this process, from now on: takes what another found, instead of trying within the limit of an item.
+
+    Args:
+      found: its `problem()`.
+      unsandboxed: programs may run where there is no sandbox.
+    """
+    global _settled
+    _settled = _Settled(found, unsandboxed)
 
 
 def run(code: str, *, seconds: float, output_bytes: int = 1 << 20, payload: Any = None) -> Result:
@@ -155,11 +163,11 @@ def process(
         job = stack.enter_context(tempfile.TemporaryFile())
         job.write(json.dumps({"limits": _LIMITS, "code": code, "payload": payload}).encode("ascii"))
         job.seek(0)
-        folder = "/"
-        if _problem():
+        folder, bare = "/", bool(problem())
+        if bare:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rljax-code-", ignore_cleanup_errors=True))
         running = subprocess.Popen(
-            [*([] if _problem() else _sandbox()), *_python(), str(job.fileno())],
+            [*([] if bare else _sandbox()), *_python(), str(job.fileno())],
             pass_fds=[job.fileno()],
             cwd=folder,
             env={"HOME": folder, "PATH": os.defpath},
@@ -201,13 +209,31 @@ def _end(running: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
-def _unsandboxed_allowed() -> bool:
-    return os.environ.get(UNSANDBOXED) == "1"
+@dataclasses.dataclass(frozen=True)
+class _Settled:
+    problem: str
+    unsandboxed: bool
+
+
+_settled: _Settled | None = None
+
+
+def problem() -> str:
+    """Why there is no sandbox, and what to do about it; "" when there is one that holds.
+
+    Tried once per process; where it did not answer in time, which a busy machine may cause, at each call anew.
+    """
+    if _settled is not None:
+        return _settled.problem
+    try:
+        return _probe()
+    except subprocess.TimeoutExpired as error:
+        return f"bubblewrap did not answer in {error.timeout:g} s; try {error.cmd[0]} by hand"
 
 
 @functools.cache
-def _problem() -> str:
-    """Why there is no sandbox, and what to do about it; "" when there is one that holds. Tried once per process."""
+def _probe() -> str:
+    """What `problem` says. Raises subprocess.TimeoutExpired, which is not remembered."""
     for program, package in (("bwrap", "bubblewrap (0.8 or newer)"), ("setpriv", "util-linux")):
         if shutil.which(program) is None and (program == "bwrap" or os.geteuid() == 0):
             return f"the program {program} is not installed; install the package {package}"
@@ -217,13 +243,10 @@ def _problem() -> str:
         job.write(json.dumps({"limits": _LIMITS, "code": _PROBE, "payload": payload}).encode("ascii"))
         job.seek(0)
         command = [*_sandbox(), *_python(), str(job.fileno())]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, timeout=_PROBE_SECONDS, pass_fds=[job.fileno()], stdin=subprocess.DEVNULL
-            )
-            said = done.stderr.decode("utf-8", "replace").strip()[-300:] or f"exit status {done.returncode}"
-        except subprocess.TimeoutExpired:
-            return f"bubblewrap did not answer in {_PROBE_SECONDS:g} s; try {command[0]} by hand"
+        done = subprocess.run(
+            command, capture_output=True, timeout=_PROBE_SECONDS, pass_fds=[job.fileno()], stdin=subprocess.DEVNULL
+        )
+    said = done.stderr.decode("utf-8", "replace").strip()[-300:] or f"exit status {done.returncode}"
     if done.returncode == 0 and done.stdout.decode("ascii", "replace").split() == [token]:
         return ""
     return (

@@ -9,7 +9,6 @@ with open_scorer(config.reward) as scorer:
 import asyncio
 import contextlib
 import dataclasses
-import inspect
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ from typing import Any, Protocol
 
 from rljax.config import ConfigError, RewardConfig
 from rljax.rewards import sandbox
-from rljax.rewards.answers import Undecidable, checked_score
-from rljax.rewards.dispatch import CUSTOM, Mode, in_other_mode, verifier_for
+from rljax.rewards.answers import Undecidable, checked_score, is_coroutine_function
+from rljax.rewards.dispatch import CUSTOM, PROGRAMS, Mode, in_other_mode, verifier_for
 from rljax.rewards.pool import RewardHandle, RewardItem, RewardPool, Verdict
 
 RewardFunction = Callable[[str, str, dict[str, Any]], Any]
@@ -49,7 +48,7 @@ class CallablePool:
         self._function, self._timeout_seconds = function, timeout_seconds
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
         self._loop: asyncio.AbstractEventLoop | None = None
-        if inspect.iscoroutinefunction(function):
+        if is_coroutine_function(function):
             self._loop = asyncio.new_event_loop()
             self._loop_thread = threading.Thread(target=self._run_loop, args=(self._loop,), name="reward", daemon=True)
             self._loop_thread.start()
@@ -92,8 +91,8 @@ class CallablePool:
 
     async def _await_one(self, item: RewardItem) -> Verdict:
         start = time.monotonic()
-        call = self._function(item.response, item.ground_truth, dict(item.extra_info))
         try:
+            call = self._function(item.response, item.ground_truth, dict(item.extra_info))
             score = await asyncio.wait_for(call, self._timeout_seconds)
         except BaseException as error:
             return self._verdict(_raising(error), start)
@@ -152,7 +151,7 @@ class Scorer:
         """Raises ConfigError for a source that has no verifier, or one that cannot run here, before any is scored."""
         for source in sorted(set(data_sources)):
             verifier = verifier_for(source, self.name, self.mode)
-            if verifier.startswith("coder1/") and not self.unsandboxed_code:
+            if verifier in PROGRAMS and not self.unsandboxed_code:
                 sandbox.check()
 
     def submit(

@@ -11,12 +11,11 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, verify
 from math_verify.parser import extract_target_from_pred, get_extraction_regexes
 
-from rljax.rewards.answers import Undecidable
+from rljax.rewards.answers import Undecidable, refuse_deep_nesting
 
 _MAX_CHARS = 100_000
 _MAX_SCANNED = 200_000_000
 _MAX_FORMULA = 2000
-_MAX_NESTING = 32
 _MAX_BITS = 1_000_000
 _ARITHMETIC = re.compile(r"[\d.\s+\-*×/^()÷]{100,}")
 _LONG_RUN = re.compile(r"\d{1000}|\s{1000}")  # the time of Math-Verify's patterns and parser grows with its square
@@ -88,12 +87,7 @@ def _refuse_expensive(text: str) -> None:
         text = text[boxes[-1].start() :]  # what stands before is not parsed
     if len(text) > _MAX_FORMULA:
         raise Undecidable(f"a formula of {len(text)} characters; at most {_MAX_FORMULA} are parsed")
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    if deepest > _MAX_NESTING:
-        raise Undecidable(f"brackets nested {deepest} deep; at most {_MAX_NESTING} are read")
+    refuse_deep_nesting(text)
     if _EXPENSIVE.search(text) or any(_is_huge(powers[0]) for powers in _POWERS.finditer(text)):
         raise Undecidable(f"a large power or factorial in {text[:80]!r}")
 

@@ -7,13 +7,14 @@ bring JAX and take hold of the accelerator, and because JSON, unlike pickle, can
 imports `rljax.rewards` and `rljax.config`, neither of which knows JAX.
 
   in   {"verifier": "math", "response": "...", "ground_truth": "...", "extra_info": {}}
+       for programs also {"alarm_seconds": 45.0, "sandbox": {"found": "", "unsandboxed": false}}: another alarm, and
+       the arguments of `sandbox.settle`
   out  {"verifiers": ["math", ...]}                                            once, when ready
        {"status": "scored", "score": 1.0, "message": "", "retire": false}      per line in
 """
 
 import asyncio
 import importlib.util
-import inspect
 import json
 import os
 import resource
@@ -22,7 +23,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rljax.rewards.answers import MORE_SECONDS, Undecidable, Verifier, checked_score
+from rljax.rewards import sandbox
+from rljax.rewards.answers import Undecidable, Verifier, checked_score, is_coroutine_function
 
 ITEMS_BEFORE_RETIRING = 1000
 """sympy caches what it sees and never forgets: a worker is replaced after so many items."""
@@ -44,7 +46,7 @@ def serve(verifiers: Mapping[str, Verifier]) -> None:
     _write(replies, {"verifiers": sorted(verifiers)})
     for served, line in enumerate(requests, start=1):
         signal.setitimer(signal.ITIMER_REAL, alarm_seconds)
-        reply, retire = _answer(verifiers, line, alarm_seconds)
+        reply, retire = _answer(verifiers, line)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _write(replies, reply | {"retire": retire or served >= ITEMS_BEFORE_RETIRING})
 
@@ -64,13 +66,15 @@ def _take_standard_streams() -> tuple[Any, Any]:
     return requests, replies
 
 
-def _answer(verifiers: Mapping[str, Verifier], line: bytes, alarm_seconds: float) -> tuple[dict[str, Any], bool]:
+def _answer(verifiers: Mapping[str, Verifier], line: bytes) -> tuple[dict[str, Any], bool]:
     """The reply without its last field, and whether this process should not be trusted with another item."""
     try:
         request = json.loads(line)
         verifier = verifiers[request["verifier"]]
-        if more := MORE_SECONDS.get(request["verifier"]):
-            signal.setitimer(signal.ITIMER_REAL, alarm_seconds + more)
+        if "sandbox" in request:
+            sandbox.settle(**request["sandbox"])
+        if "alarm_seconds" in request:
+            signal.setitimer(signal.ITIMER_REAL, request["alarm_seconds"])
         score = verifier(request["response"], request["ground_truth"], request["extra_info"])
         score = checked_score(request["verifier"], score)
         return {"status": "scored", "score": score, "message": ""}, False
@@ -101,7 +105,7 @@ def load_function(given: str) -> Verifier:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, name)
-    if inspect.iscoroutinefunction(function):
+    if is_coroutine_function(function):
         return lambda *arguments: asyncio.run(function(*arguments))
     return function
 

@@ -354,17 +354,27 @@ def zero_advantages_are_idle(algorithm: AlgorithmConfig) -> bool:
     return not with_kl and not with_penalty and algorithm.entropy_coefficient == 0
 
 
-def group_metrics(rewards: np.ndarray) -> dict[str, float]:
+def group_metrics(rewards: np.ndarray, judged: np.ndarray | None = None) -> dict[str, float]:
     """Of rewards [P, G]: what they are, how far they differ, and the share of groups from which nothing can be learnt.
 
     `reward/std` is of all rewards, `reward/group_std` the mean over groups of their own, ddof 1 as in the advantages.
+    `reward/missing_fraction` is the share that is not `judged` ([P, G] bool; None: all are), which no other counts.
     """
-    within = rewards.std(axis=1, ddof=min(rewards.shape[1] - 1, 1), dtype=np.float64)  # of a single reward: 0
+    there = np.ones(rewards.shape, bool) if judged is None else judged
+    given = rewards[there] if there.any() else np.zeros(1)
+    whole = there.sum(axis=1) >= min(rewards.shape[1], 2)
+    within = rewards[whole].std(
+        axis=1,
+        ddof=min(rewards.shape[1] - 1, 1),  # of a single reward: 0
+        dtype=np.float64,
+        where=there[whole],
+    )
     return {
-        "reward/mean": float(rewards.mean(dtype=np.float64)),
-        "reward/std": float(rewards.std(ddof=1, dtype=np.float64)) if rewards.size > 1 else 0.0,
-        "reward/min": float(rewards.min()),
-        "reward/max": float(rewards.max()),
-        "reward/group_std": float(within.mean()),
-        "reward/zero_spread_group_fraction": float(np.mean(~has_spread(rewards))),
+        "reward/mean": float(given.mean(dtype=np.float64)),
+        "reward/std": float(given.std(ddof=1, dtype=np.float64)) if given.size > 1 else 0.0,
+        "reward/min": float(given.min()),
+        "reward/max": float(given.max()),
+        "reward/group_std": float(within.mean()) if within.size else 0.0,
+        "reward/zero_spread_group_fraction": float(np.mean(~has_spread(rewards, there))),
+        "reward/missing_fraction": float(np.mean(~there)),
     }

@@ -38,7 +38,7 @@ _Tree = tuple[Mapping[str, Any], str]
 _KEYS = ("folder", "config", "settings", "warm_start", "axes")
 _OURS = ("run_dir", "sft.output")
 """Settings that a sweep gives itself."""
-_START_AXES = ("model", "sft", "data.train", "data.task_records", "data.seed")
+_START_AXES = ("model", "sft", "data.train", "data.task_records", "data.seed", "data.system_prompt")
 """Axes that a warm start follows; runs that differ in others, seeds among them, share one."""
 
 

@@ -34,7 +34,10 @@ _GRACE_SECONDS = 30.0
 _LOCK_SECONDS = 5.0
 """For the run of a sweep that was just killed to be gone."""
 
-_START_READS = ("seed", "model", "data.train", "data.task_records", "data.seed", "sft", "optimizer", "lora")
+_START_READS = (
+    *("data.train", "data.task_records", "data.seed", "data.system_prompt"),
+    *("seed", "model", "sft", "optimizer", "lora"),
+)
 _START_REPLACES = ("sft.output", "optimizer.learning_rate", "optimizer.weight_decay")
 
 Outcome = Literal["waiting", "running", "finished", "failed", "no warm start"]

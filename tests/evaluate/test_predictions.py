@@ -1,6 +1,8 @@
 """Saved predictions: the table made of them, and scoring them anew without a model."""
 
+import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from rljax.cli import USAGE_ERROR, main
 from rljax.config import ConfigError, RewardConfig
 from rljax.evaluate.predictions import (
     PREDICTIONS,
     RESULTS,
-    final_answer,
     overall,
     rescore,
     summarise_set,
@@ -87,18 +89,10 @@ def test_the_table() -> None:
     assert math[6] == "1.000 ± 0.000"
 
 
-@pytest.mark.parametrize(
-    "response, answer",
-    [
-        ("\\boxed{1} then \\boxed{2}", "2"),
-        ("#### 7\nand more", "7"),
-        ("\\boxed{1} #### 2", "1"),
-        ("####", None),
-        ("seven", None),
-    ],
-)
-def test_final_answer(response, answer) -> None:
-    assert final_answer(response) == answer
+def test_what_is_no_answer_is_no_vote() -> None:
+    responses = ["\\boxed{}", "\\boxed{}", "####", "####", "\\boxed{7}"]
+    found = summarise_set("math", [line(0, i == 4, sample=i, response=text) for i, text in enumerate(responses)])
+    assert found.majority is not None and found.majority.value == 1
 
 
 @pytest.fixture
@@ -119,6 +113,23 @@ def test_what_is_written(saved: Path) -> None:
     assert len((saved / PREDICTIONS).read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize(("where", "name"), [(Path, "write_text"), (os, "replace")])
+def test_an_interrupted_write_blocks_nothing(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
+) -> None:
+    """What marks a folder as finished is written last."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(where, name, stop)
+        rescore(str(saved), RewardConfig(timeout_seconds=60.0))
+    again = rescore(str(saved), RewardConfig(timeout_seconds=60.0))
+    assert [r.mean.value for r in again] == [0.5, 1]
+    assert [file.name for file in sorted((saved / "rescored-fixed").iterdir())] == [PREDICTIONS, RESULTS, "results.md"]
+
+
 def test_rescoring_in_both_modes(saved: Path) -> None:
     fixed = rescore(str(saved), RewardConfig(mode="fixed"))
     paper = rescore(str(saved), RewardConfig(mode="paper"), str(saved.parent / "other"))
@@ -132,12 +143,35 @@ def test_rescoring_in_both_modes(saved: Path) -> None:
         rescore(str(saved), RewardConfig(mode="fixed"))
 
 
+def test_rescoring_takes_what_scored_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A source that no verifier's begins, which only a name or a function of one's own can score."""
+    lines = [line(0, 0, data_source="poetry", response="#### 1,000", ground_truth="1000")]
+    write_results(tmp_path / "eval", lines, [summarise_set("math", lines)], {"model": "m", "mode": "fixed"})
+    (tmp_path / "mine.py").write_text("def score(response, ground_truth, extra_info):\n    return 0.25\n")
+    folder = ["eval", f"--rescore={tmp_path / 'eval'}"]
+    assert main(folder) == USAGE_ERROR
+    assert "reward.name (to `rljax reward` and `rljax eval --rescore`: --name)" in capsys.readouterr().err
+    assert main([*folder, "--workers", "0"]) == USAGE_ERROR
+
+    def scored(name: str, *flags: str) -> dict[str, Any]:
+        limits = ["--workers", "1", "--timeout-seconds", "60", "--output", str(tmp_path / name)]
+        assert main([*folder, *limits, *flags]) == 0
+        return json.loads((tmp_path / name / RESULTS).read_text())
+
+    named, own = scored("named", "--name", "gsm8k"), scored("own", "--file", f"{tmp_path / 'mine.py'}:score")
+    assert (named["overall"], own["overall"]) == (1, 0.25)
+    used = RewardConfig(name="gsm8k", workers=1, timeout_seconds=60.0)
+    assert named["reward"] == json.loads(json.dumps(dataclasses.asdict(used)))
+    assert own["reward"]["name"] == "custom" and own["reward"]["file"].endswith("mine.py:score")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("predictions.jsonl", b"", "holds no prediction"),
         ("predictions.jsonl", b"{\n", r"predictions\.jsonl:1: not JSON"),
-        ("predictions.jsonl", b"[1]\n", "no set, place"),
+        ("predictions.jsonl", b"[1]\n", r"predictions\.jsonl:1: a list"),
+        ("predictions.jsonl", b'\n{"set": "s\xff"}\n', r"predictions\.jsonl:2: not UTF-8"),
         ("predictions.jsonl", b'{"set": "s"}\n', "no place, data_source"),
         ("results.json", b"{", "cannot be read"),
         ("results.json", b"[]", "holds no sets"),

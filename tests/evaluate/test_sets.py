@@ -11,8 +11,10 @@ import yaml
 from rljax.cli import USAGE_ERROR, main
 from rljax.config import ConfigError
 from rljax.data.tasks import TASKS
+from rljax.evaluate import sets
 from rljax.evaluate.held_out import repaired_prompt
 from rljax.evaluate.sets import read_sets
+from rljax.policy import LoadedRun, load_run
 from rljax.types import PromptRecord
 
 SETTINGS: dict[str, Any] = {
@@ -69,6 +71,18 @@ def test_a_run_and_the_folder_written_of_it_are_one_policy(root: Path, capsys: p
     assert drawn(other) != drawn(lines)
 
 
+def test_a_run_is_computed_in_what_was_asked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[LoadedRun] = []
+
+    def load(*given: Any, **named: Any) -> LoadedRun:
+        opened.append(load_run(*given, **named))
+        return opened[-1]
+
+    monkeypatch.setattr(sets, "load_run", load)
+    evaluate(root, "bfloat16", "--eval.run", str(root / "run"), "--model.compute_dtype", "bfloat16")
+    assert opened[0].policy.compute_dtype == "bfloat16"
+
+
 def test_counts_and_places(root: Path) -> None:
     lines, results = evaluate(root, "counts", "--model.path", str(root / "hf"))
     easy, hard = results["sets"]
@@ -78,6 +92,7 @@ def test_counts_and_places(root: Path) -> None:
     assert results["overall"] == pytest.approx(np.mean([easy["mean"]["value"], hard["mean"]["value"]]))
     assert set(easy["passed"]) == {"1", "2", "4"}
     assert results["settings"]["temperature"] == 0.7 and results["mode"] == "fixed"
+    assert results["reward"]["name"] == "auto" and results["reward"]["timeout_seconds"] == 60
 
 
 def test_a_prompt_is_drawn_alike_whatever_is_beside_it(root: Path) -> None:
@@ -100,6 +115,16 @@ def test_greedy_completions_are_all_the_same(root: Path) -> None:
         (["--eval.data", "SETS", "SETS/easy.jsonl"], "more than one set easy"),
         (["--eval.data", "SETS", "--eval.run", "SETS"], "holds no config.yaml"),
         (["--eval.data", "SETS", "--eval.run", "RUN", "--eval.step", "7"], "step 7 was asked for"),
+        (["--eval.data", "SETS", "--eval.step", "1"], "eval.step = 1 is a step of a run, and eval.run is empty"),
+        (
+            ["--eval.data", "SETS", "--eval.run", "RUN", "--model.path", "SETS"],
+            "(the run's -> given): model.path: ",
+        ),
+        (
+            ["--eval.data", "SETS", "--eval.run", "RUN", "--sampling.stop_token_ids", "2", "3"],
+            "ids: [] -> [2, 3]",
+        ),
+        (["--eval.data", "SETS", "--eval.run", "RUN", "--mesh.fsdp", "99"], "mesh.fsdp = 99"),
         (["--eval.data", "SETS", "--eval.output", "DONE"], "holds predictions already"),
         (["--eval.data", "POETRY"], "data_source = 'poetry' has no verifier"),
     ],

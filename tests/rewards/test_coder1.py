@@ -9,6 +9,7 @@ import pytest
 from rljax.config import ConfigError
 from rljax.rewards import coder1, sandbox
 from rljax.rewards.coder1 import paper_score, score
+from rljax.rewards.pool import RewardItem, RewardPool
 
 TESTS = """
 
@@ -25,9 +26,9 @@ WRONG = "def add(a, b):\n    return a - b"
 
 @pytest.fixture(autouse=True)
 def bwrap():
-    sandbox._problem.cache_clear()
-    if sandbox._problem():
-        pytest.skip(f"needs a sandbox: {sandbox._problem()}")
+    sandbox._probe.cache_clear()
+    if sandbox.problem():
+        pytest.skip(f"needs a sandbox: {sandbox.problem()}")
 
 
 def fenced(code, language="python"):
@@ -243,8 +244,7 @@ def test_bad_ground_truth(mode, truth):
 @pytest.mark.parametrize("mode", [score, paper_score])
 @pytest.mark.parametrize("response", [fenced(RIGHT), ""])
 def test_refuses_without_a_sandbox(mode, response, monkeypatch):
-    monkeypatch.setattr(sandbox, "_problem", lambda: "none")
-    monkeypatch.delenv(sandbox.UNSANDBOXED, raising=False)
+    monkeypatch.setattr(sandbox, "problem", lambda: "none")
     with pytest.raises(ConfigError, match="no sandbox for them: none"):
         mode(response, TRUTH, {})
 
@@ -256,6 +256,14 @@ def test_a_side_that_does_not_start(monkeypatch):
     monkeypatch.setattr(sandbox, "process", process)
     with pytest.raises(OSError, match="no more processes"):
         score(fenced(RIGHT), TRUTH, {})
+
+
+def test_an_item_has_the_seconds_of_a_program_beside_its_own(monkeypatch):
+    monkeypatch.setattr(coder1, "SECONDS", 2.0)  # here, where the limit is kept; the worker has its thirty
+    hang = RewardItem("coder1/fixed", fenced("while True: pass"), TRUTH)
+    with RewardPool(1, 0.5) as pool:
+        (verdict,) = pool.score([hang])
+    assert (verdict.status, verdict.message) == ("timeout", "stopped after 2.5 s")
 
 
 def test_data(shared_data):

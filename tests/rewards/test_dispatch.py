@@ -5,7 +5,8 @@ import typing
 import pytest
 
 from rljax.config import ConfigError, RewardConfig
-from rljax.rewards.dispatch import CUSTOM, VERIFIERS, in_other_mode, verifier_for
+from rljax.rewards import coder1
+from rljax.rewards.dispatch import CUSTOM, PROGRAMS, VERIFIERS, in_other_mode, verifier_for
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,10 @@ from rljax.rewards.dispatch import CUSTOM, VERIFIERS, in_other_mode, verifier_fo
 def test_auto_goes_by_the_data_source(data_source, verifier):
     assert verifier_for(data_source, "auto", "paper") == f"{verifier}/paper"
     assert verifier_for(data_source) == f"{verifier}/fixed"
+
+
+def test_those_that_run_programs():
+    assert {key for key, score in VERIFIERS.items() if score.__module__ == coder1.__name__} == PROGRAMS
 
 
 def test_a_name_overrides_the_data_source():

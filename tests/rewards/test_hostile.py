@@ -88,8 +88,8 @@ def test_texts(verifier: str, mode: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("mode", ["fixed", "paper"])
 def test_programs(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if sandbox._problem():
-        pytest.skip(f"needs a sandbox: {sandbox._problem()}")
+    if sandbox.problem():
+        pytest.skip(f"needs a sandbox: {sandbox.problem()}")
     monkeypatch.chdir(tmp_path)
     nap = f"86399.{os.getpid()}"  # seconds that nothing else sleeps
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -129,7 +129,7 @@ def sleeps(nap: str) -> bool:
 def test_programs_and_texts_in_one_worker_leave_it_as_it_was(tmp_path: Path) -> None:
     """What a verifier caches or sets, warnings, recursion limits, signal handlers, does not reach the next one."""
     easy = [RewardItem(f"{name}/{mode}", *place[2]) for name, place in PLACES.items() for mode in ("fixed", "paper")]
-    if sandbox._problem():
+    if sandbox.problem():
         easy = [item for item in easy if not item.verifier.startswith("coder1/")]
     items = []
     for text in ("9**9**9**9", "(" * 5000, "\x00", "\ud800", hostile.LARGE["braces"]):

@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from rljax.rewards.pool import RewardItem, RewardPool, RewardPoolError, Verdict, summarise
+from rljax.rewards.pool import RewardItem, RewardPool, RewardPoolError, Status, Verdict, summarise
 
 WORKER = Path(__file__).with_name("misbehaving_worker.py")
 COMMAND = (sys.executable, "-P", str(WORKER))
@@ -218,6 +219,12 @@ def test_summarise_counts_what_is_not_a_judgement():
         "reward/crashed_fraction": 1 / 8,
     }
     assert set(summarise([]).values()) == {0.0}
+
+
+def test_a_failure_is_the_verifiers_own():
+    """One that will not judge has seen the answer, and its 0 stays."""
+    failures = [s for s in get_args(Status) if Verdict(0.0, s, 0.1).is_failure]
+    assert failures == ["error", "timeout", "crashed"]
 
 
 INJECTION = "__import__('os').system('touch {marker}')"

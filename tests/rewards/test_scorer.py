@@ -1,6 +1,8 @@
 """Rewards of the caller's own, both modes at once, and what is refused before anything is scored."""
 
 import asyncio
+import contextlib
+import json
 import threading
 import time
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rljax.config import ConfigError, RewardConfig
+from rljax.rewards import sandbox
 from rljax.rewards.answers import Undecidable
 from rljax.rewards.pool import Verdict
 from rljax.rewards.scorer import hack_metrics, open_scorer
@@ -32,11 +35,18 @@ async def slow_half(response: str, ground_truth: str, extra_info: dict) -> float
     return half(response, ground_truth, extra_info)
 
 
+class Judge:
+    """An object that is called, and waits."""
+
+    async def __call__(self, response: str, ground_truth: str, extra_info: dict) -> float:
+        return await slow_half(response, ground_truth, extra_info)
+
+
 RESPONSES = ["a", "b", "hang", "raise", "decline", "two", "a"]
 STATUSES = ["scored", "scored", "timeout", "error", "unparseable", "error", "scored"]
 
 
-@pytest.mark.parametrize("function", [half, slow_half])
+@pytest.mark.parametrize("function", [half, slow_half, Judge()])
 def test_a_function_of_the_caller(function) -> None:
     with open_scorer(QUICK, function) as scorer:
         scorer.check(["any source"])
@@ -44,6 +54,18 @@ def test_a_function_of_the_caller(function) -> None:
     assert [v.status for v in verdicts] == STATUSES
     assert [v.score for v in verdicts] == [0.75, 0.25, 0, 0, 0, 0, 0.75]
     assert "KeyError" in verdicts[3].message and "not in [0, 1]" in verdicts[5].message
+
+
+async def two_arguments(response: str, ground_truth: str) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize("function", [lambda response, ground_truth: 1.0, two_arguments])
+def test_a_function_that_cannot_be_called_fails_its_items_alone(function) -> None:
+    with open_scorer(QUICK, function) as scorer:
+        verdicts = scorer.submit("any source", "a", {}, ["a", "b"]).result()
+    assert [v.status for v in verdicts] == ["error", "error"]
+    assert all(v.message.startswith("TypeError: ") for v in verdicts)
 
 
 def test_coroutines_wait_together() -> None:
@@ -82,6 +104,12 @@ def score(response, ground_truth, extra_info):
 async def later(response, ground_truth, extra_info):
     await asyncio.sleep(0.01)
     return 1.0
+
+class Judge:
+    async def __call__(self, response, ground_truth, extra_info):
+        return await later(response, ground_truth, extra_info)
+
+judge = Judge()
 """
 
 
@@ -98,8 +126,9 @@ def test_a_file_runs_in_processes_of_its_own(custom: Path) -> None:
     assert [(v.score, v.status) for v in verdicts] == [(0.5, "scored"), (0, "crashed"), (0, "scored"), (0.5, "scored")]
 
 
-def test_a_coroutine_function_in_a_file(custom: Path) -> None:
-    with open_scorer(RewardConfig(file=f"{custom}:later", timeout_seconds=60.0)) as scorer:
+@pytest.mark.parametrize("name", ["later", "judge"])
+def test_a_coroutine_function_in_a_file(custom: Path, name: str) -> None:
+    with open_scorer(RewardConfig(file=f"{custom}:{name}", timeout_seconds=60.0)) as scorer:
         assert scorer.submit("any", "", {}, ["x"]).result()[0].score == 1
 
 
@@ -159,6 +188,23 @@ def test_the_meter_counts_what_has_two_modes() -> None:
         "reward/hacked_fraction": 0.0,
         "reward/modes_unjudged_fraction": 0.5,
     }
+
+
+ADD = "```python\ndef add(a, b):\n    return a + b\n```"
+ADD_TESTS = json.dumps({"functional": "def check(f):\n    assert f(1, 2) == 3\n\ncheck(add)"})
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_workers_go_by_what_the_caller_found_and_was_allowed(monkeypatch, allowed) -> None:
+    """They do not try the sandbox anew, each within the limit of its first program."""
+    monkeypatch.setattr(sandbox, "problem", lambda: "none here")
+    settings = RewardConfig(workers=1, timeout_seconds=60.0, unsandboxed_code=allowed)
+    with open_scorer(settings) as scorer:
+        with contextlib.nullcontext() if allowed else pytest.raises(ConfigError, match="for them: none here"):
+            scorer.check(["codegen"])
+        (verdict,) = scorer.submit("codegen", ADD_TESTS, {}, [ADD]).result()
+    assert (verdict.status, verdict.score) == (("scored", 1.0) if allowed else ("error", 0.0))
+    assert allowed or "for them: none here" in verdict.message
 
 
 def test_a_source_without_a_verifier_is_refused_before_anything_is_scored() -> None:

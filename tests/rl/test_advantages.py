@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rljax.rl.advantages import ADVANTAGES, group_advantages, groups_to_train_on
+from rljax.rl.advantages import ADVANTAGES, group_advantages, groups_to_train_on, has_spread
 
 ONE_OF_FOUR = np.array([[1.0, 0.0, 0.0, 0.0]], np.float32)
 
@@ -84,3 +84,44 @@ def test_the_first_groups_with_a_spread_are_trained_on() -> None:
     assert groups_to_train_on(rewards[[1, 0, 2, 2]], 3).tolist() == [0, 1, 2]
     # As much as float32 tells apart is a spread, and what it does not is none.
     assert groups_to_train_on(np.array([[0.1, 0.1], [0.1, np.nextafter(np.float32(0.1), 1)]], np.float32), 1) == [1]
+
+
+MISSING = np.array([[1.0, 0.0, np.nan, 0.5], [0.0, 1.0, 1.0, 0.0], [np.nan, 1.0, np.nan, np.nan]])
+"""Of the third group, one reward is there."""
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_a_missing_reward_is_in_no_baseline_and_has_no_advantage(name: str) -> None:
+    """The others get what they would without it."""
+    lengths, there = np.array([[3, 1, 9, 4], [2, 5, 2, 2], [7, 7, 7, 7]]), np.isfinite(MISSING)
+    got = group_advantages(MISSING, lengths, name, 1e-6, judged=there)
+    assert not got[~there].any()
+    if name == "batch_std":  # of the two groups that have more than one
+        expected = np.array([0.5, -0.5, 0.0]) / (np.std(MISSING[:2][there[:2]], ddof=1) + 1e-6)
+    elif name == "reinforce_pp":
+        tokens = np.repeat(MISSING[there], lengths[there])
+        expected = (np.array([1.0, 0.0, 0.5]) - tokens.mean()) / (np.std(tokens, ddof=1) + 1e-6)
+    else:
+        expected = group_advantages(np.array([[1.0, 0.0, 0.5]]), lengths[:1, [0, 1, 3]], name, 1e-6)[0]
+    np.testing.assert_allclose(got[0, [0, 1, 3]], expected, rtol=1e-7, atol=1e-12)
+    if name != "reinforce_pp":
+        assert not got[2].any()  # nothing to compare one with
+
+
+def test_one_missing_of_four_leaves_the_mean_of_three() -> None:
+    judged = np.array([[True, True, True, False]])
+    got = group_advantages(np.array([[1.0, 0.0, 0.0, 0.0]]), np.full((1, 4), 7), "dr_grpo", 0.0, judged=judged)
+    np.testing.assert_allclose(got, [[2 / 3, -1 / 3, -1 / 3, 0]], rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_nothing_judged_teaches_nothing(name: str) -> None:
+    none = np.zeros((2, 3), bool)
+    assert not group_advantages(np.full((2, 3), np.nan), np.ones((2, 3)), name, 1e-6, judged=none).any()
+
+
+def test_a_missing_reward_is_no_spread() -> None:
+    rewards = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]], np.float32)
+    judged = np.array([[True, False, True], [True, True, False]])
+    assert has_spread(rewards, judged).tolist() == [False, True]
+    assert groups_to_train_on(rewards, 1, judged).tolist() == [1]

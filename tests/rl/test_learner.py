@@ -166,9 +166,28 @@ def test_metrics_of_rewards() -> None:
             "reward/max": 1,
             "reward/group_std": np.sqrt(0.5) / 3,
             "reward/zero_spread_group_fraction": 2 / 3,
+            "reward/missing_fraction": 0,
         }
     )
     assert group_metrics(np.ones((1, 1), np.float32))["reward/std"] == 0
+
+
+def test_metrics_of_rewards_some_of_which_are_missing() -> None:
+    rewards = np.array([[0, 1, 9], [1, 1, 9], [9, 9, 0]], np.float32)
+    judged = np.array([[True, True, False], [True, True, False], [False, False, True]])
+    assert group_metrics(rewards, judged) == pytest.approx(
+        {
+            "reward/mean": 0.6,
+            "reward/std": np.sqrt(1.2 / 4),
+            "reward/min": 0,
+            "reward/max": 1,
+            "reward/group_std": np.sqrt(0.5) / 2,  # of the groups that have two
+            "reward/zero_spread_group_fraction": 2 / 3,
+            "reward/missing_fraction": 4 / 9,
+        }
+    )
+    none = group_metrics(np.zeros((2, 2), np.float32), np.zeros((2, 2), bool))
+    assert none == dict.fromkeys(none, 0) | {"reward/zero_spread_group_fraction": 1, "reward/missing_fraction": 1}
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ def test_a_warm_start_is_shared_by_all_but_what_it_is_made_of(meant) -> None:
         assert run.config.model.architecture == run.labels["size"] == run.start.name
         assert run.config.sft.steps == parse_config([]).sft.steps  # what is of the warm start stays there
     assert {run.config.seed for run in sweep.runs} == {0, 1}
+    asked = meant(warm_start={}, axes={"data.system_prompt": ["Think.", "Answer."], "seed": [0, 1]})
+    assert [start.config.data.system_prompt for start in asked.starts] == ["Think.", "Answer."]
 
 
 def test_settings_lie_over_config_files(meant, tmp_path: Path) -> None:

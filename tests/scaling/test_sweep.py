@@ -135,6 +135,10 @@ def test_another_warm_start_than_the_one_there_is_refused(unbroken: Path) -> Non
     file.write_text(yaml.safe_dump(tree | {"warm_start": {"sft.steps": 4}, "axes": {"tau": [4]}}))
     with pytest.raises(ConfigError, match=r"starts/start \(sft.steps: 3 -> 4\)"):
         commands(read_sweep(file))
+    settings = tree["settings"] | {"data.system_prompt": "a"}
+    file.write_text(yaml.safe_dump(tree | {"settings": settings, "axes": {"tau": [4]}}))
+    with pytest.raises(ConfigError, match=r"starts/start \(data.system_prompt:  -> a\)"):
+        commands(read_sweep(file))
     # What a warm start does not read may differ: it is shared by runs that do.
     file.write_text(yaml.safe_dump(tree | {"axes": {"tau": [4], "group_size": [2], "optimizer.learning_rate": [0.1]}}))
     assert len(commands(read_sweep(file))) == 2
