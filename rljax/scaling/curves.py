@@ -1,8 +1,10 @@
 """Tables of learning curves, read into one curve per model size (or reuse, or group size).
 
 Two schemas are read. `curves.csv`, which runs and sweeps write: `run, source, num_params, step, samples, flops, tokens,
-test_loss` and perhaps `unique, repeats, group_size, eval, seed`. And that of the paper's recovered curves: `source,
-size_b, step, flops_cum, loss_mean`, with `loss`, `tau` or `rollout_n` in some files.
+test_loss` and perhaps `unique, repeats, group_size, eval, seed, order` and the axes of a sweep. And that of the paper's
+recovered curves: `source, size_b, step, flops_cum, loss_mean`, with `loss`, `tau` or `rollout_n` in some files.
+
+A curve is a mean over runs that differ in nothing but their seed: whatever else differs within one is refused.
 """
 
 import csv
@@ -25,10 +27,17 @@ ALIASES = {
 }
 """Our column, and the names it may have in a table; the first that is there counts."""
 
-TEXT = ("run", "seed", "source", "eval")
-NUMBERS = ("num_params", "step", "samples", "flops", "tokens", "test_loss", "repeats", "group_size")
+TEXT = ("run", "seed", "source", "eval", "order")
+NUMBERS = ("num_params", "step", "samples", "flops", "tokens", "test_loss", "repeats", "group_size", "unique")
 AXES = ("num_params", "repeats", "group_size")
 """What may tell the curves of a table apart."""
+
+MEASURED = frozenset(
+    name
+    for column in ("step", "samples", "flops", "tokens", "test_loss")
+    for name in (column, *ALIASES.get(column, ()))
+) | {"full_flops", "full_flops_non_embedding", "accelerator_seconds"}
+"""Columns that may differ within a curve, beside the name of the run and its seeds; all others are settings."""
 
 PAPER_PROMPTS_PER_STEP = 512
 """Of every run of arXiv 2509.25300, whose tables have no `samples`."""
@@ -68,7 +77,7 @@ def read_curves(
 
     Args:
       files: .csv files.
-      where: column -> value, the rows that count, as `{"source": "base", "eval": "gsm8k"}`.
+      where: column -> value, the rows that count, as `{"source": "base", "eval": "gsm8k"}`; any column of the files.
       by: the axis that tells curves apart, one of `AXES`.
 
     Raises:
@@ -139,7 +148,9 @@ def _first(names: Iterable[str], present: Sequence[str]) -> str | None:
 
 
 def _row(raw: Mapping[str, str | None], sources: Mapping[str, str | None], place: str) -> Row:
-    row: Row = {column: (raw.get(sources[column] or "") or "").strip() for column in TEXT}
+    # A column without a name, or cells beyond the last, could not be asked for.
+    row: Row = {name: (value or "").strip() for name, value in raw.items() if name}
+    row |= {column: (raw.get(sources[column] or "") or "").strip() for column in TEXT}
     for column in NUMBERS:
         source = sources[column]
         text = (raw.get(source) or "").strip() if source else ""
@@ -155,21 +166,20 @@ def _row(raw: Mapping[str, str | None], sources: Mapping[str, str | None], place
 
 
 def _text(row: Row, column: str) -> str:
-    value = row[column]
+    value = row.get(column, "")  # of several tables, one may lack it
     return value if isinstance(value, str) else f"{value:.12g}"
 
 
 def _filtered(rows: list[Row], where: Mapping[str, str], name: str) -> list[Row]:
+    known = dict.fromkeys(column for row in rows for column in row) or dict.fromkeys(TEXT + NUMBERS)
     for column, wanted in where.items():
-        if column not in (*TEXT, *NUMBERS):
+        if column not in known:
             raise ConfigError(
-                f"where {column} = {wanted}: a table has no such column; it may be one of {', '.join(TEXT + NUMBERS)}"
+                f"where {column} = {wanted}: {name} has no such column; it may be one of {', '.join(known)}"
             )
-        try:
-            wanted = f"{float(wanted):.12g}" if column in NUMBERS else wanted
-        except ValueError:
-            raise ConfigError(f"where {column} = {wanted}: {column} is compared with a number; give one") from None
-        kept = [row for row in rows if _text(row, column) == wanted]
+        if column in NUMBERS and _parsed(wanted) is None:
+            raise ConfigError(f"where {column} = {wanted}: {column} is compared with a number; give one")
+        kept = [row for row in rows if _is(row, column, wanted)]
         if not kept:
             raise ConfigError(
                 f"no row of {name} has {column} = {wanted}; it holds {_listed({_text(row, column) for row in rows})}"
@@ -178,25 +188,60 @@ def _filtered(rows: list[Row], where: Mapping[str, str], name: str) -> list[Row]
     return rows
 
 
+def _is(row: Row, column: str, wanted: str) -> bool:
+    """Whether a row has this value: the same text, or but for names the same number, as 1e-4 is 0.0001."""
+    text = _text(row, column)
+    if text == wanted or column in TEXT:
+        return text == wanted
+    value, other = _parsed(text), _parsed(wanted)
+    return value is not None and other is not None and f"{value:.12g}" == f"{other:.12g}"
+
+
+def _parsed(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def _require_one_kind(rows: list[Row], by: str, name: str) -> None:
-    """Rows that must not be averaged: other sources and evaluation sets; within a curve, other axes."""
+    """Rows that must not be averaged: other sources and evaluation sets; within a curve, any other setting."""
     for column in ("source", "eval"):
         values = {_text(row, column) for row in rows}
         if len(values) > 1:
             raise ConfigError(
                 f"{name} holds the {column}s {_listed(values)}, and one law describes one; choose it by "
-                f"--where {column}={sorted(values)[0]}"
+                f"--where {column}={_choice(values)}"
             )
-    for column in set(AXES) - {by}:
-        at: dict[float, set[str]] = {}
-        for row in rows:
-            at.setdefault(_number(row, by), set()).add(_text(row, column))
-        key, mixed = max(at.items(), key=lambda item: len(item[1]), default=(0.0, set()))
+    for column in _settings(rows, by):
+        key, mixed = _most_mixed(rows, by, column)
         if len(mixed) > 1:
+            apart = f", or tell the curves apart by it: --by {column}" if column in AXES else ""
+            measured = "" if column in (*TEXT, *NUMBERS) else ", or leave the column out if it is no setting"
             raise ConfigError(
                 f"{name} mixes {column} {_listed(mixed)} at {by} {key:g}; choose one by "
-                f"--where {column}={sorted(mixed)[0]}, or tell the curves apart by it: --by {column}"
+                f"--where {column}={_choice(mixed)}{apart}{measured}"
             )
+
+
+def _settings(rows: list[Row], by: str) -> list[str]:
+    """Columns that say how a run was made, `by` and seeds left out; those we know first."""
+    columns = dict.fromkeys((*AXES, "order", "unique", *(column for row in rows for column in row)))
+    seeds = {column for column in columns if column.rpartition(".")[2] == "seed"}  # `data.seed` of a sweep too
+    return [column for column in columns if column not in {by, "run", "source", "eval", *seeds, *MEASURED}]
+
+
+def _most_mixed(rows: list[Row], by: str, column: str) -> tuple[float, set[str]]:
+    """The curve in which a column has most values, and these."""
+    at: dict[float, set[str]] = {}
+    for row in rows:
+        at.setdefault(_number(row, by), set()).add(_text(row, column))
+    return max(at.items(), key=lambda item: len(item[1]), default=(0.0, set()))
+
+
+def _choice(values: Iterable[str]) -> str:
+    """An example for --where."""
+    return next((value for value in sorted(values) if value), "")
 
 
 def _listed(values: Iterable[str]) -> str:
