@@ -87,33 +87,34 @@ def read_curves(
     paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     rows = [row for path in paths for row in _read_table(path, by)]
     name = ", ".join(str(path) for path in paths)
-    rows = _filtered(rows, where or {}, name)
-    _require_one_kind(rows, by, name)
-    kept = [row for row in rows if math.isfinite(_number(row, "test_loss")) and _number(row, "step") > 0]
-    notes = []
-    if dropped := sum(not math.isfinite(_number(row, "test_loss")) for row in rows):
-        notes.append(f"{dropped} rows without a loss were left out")
-    if not kept:
-        raise ConfigError(
-            f"{name} holds {len(rows)} rows and none with a finite test_loss and a step above 0; give a table of runs "
-            "that were evaluated after training began"
-        )
-    _require_losses(kept, name)
-    if nameless := [row for row in kept if not 0 < _number(row, by) < math.inf]:
-        raise ConfigError(
-            f"{name} holds {len(nameless)} rows whose {by} is {_number(nameless[0], by):g}; it tells the curves apart "
-            "and must be above 0: fill it in, or leave those rows out"
-        )
-    groups: dict[float, list[Row]] = {}
-    for row in kept:
-        groups.setdefault(_number(row, by), []).append(row)
-    curves = []
-    for key in sorted(groups):
-        curve, repeated = _curve(key, groups[key])
-        curves.append(curve)
-        if repeated:
-            notes.append(f"{by} {key:g}: {repeated} rows repeat a step of their run; the last of each was kept")
-    return curves, notes
+    return _curves(_filtered(rows, where or {}, name), by, name)
+
+
+def read_held(path: str | Path, *, where: Mapping[str, str], by: str) -> tuple[list[Curve], dict[str, str]]:
+    """Curves that differ by one axis alone, of a table that varies others too; and at which values those were held.
+
+    Another axis, and the order of prompts, are held if they vary at all; what else differs, if it differs within a
+    curve: unique prompts go with repeats. Each is held at the value that most curves have.
+
+    Args:
+      path: a .csv file.
+      where: as for `read_curves`.
+      by: the axis that varies.
+
+    Raises:
+      ConfigError: as `read_curves`.
+    """
+    rows = _filtered(_read_table(Path(path), by), where, str(path))
+    held: dict[str, str] = {}
+    for column in _settings(rows, by):
+        curves: dict[str, list[float]] = {}
+        for row in rows:
+            curves.setdefault(_text(row, column), []).append(_number(row, by))
+        must = column in (*AXES, "order") or len(_most_mixed(rows, by, column)[1]) > 1
+        if len(curves) > 1 and must:
+            held[column] = max(curves, key=lambda value: (len(set(curves[value])), len(curves[value])))
+            rows = [row for row in rows if _text(row, column) == held[column]]
+    return _curves(rows, by, str(path))[0], held
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -259,6 +260,36 @@ def _require_losses(rows: list[Row], name: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
+
+
+def _curves(rows: list[Row], by: str, name: str) -> tuple[list[Curve], list[str]]:
+    """Curves of the rows of `name`, and notes."""
+    _require_one_kind(rows, by, name)
+    kept = [row for row in rows if math.isfinite(_number(row, "test_loss")) and _number(row, "step") > 0]
+    notes = []
+    if dropped := sum(not math.isfinite(_number(row, "test_loss")) for row in rows):
+        notes.append(f"{dropped} rows without a loss were left out")
+    if not kept:
+        raise ConfigError(
+            f"{name} holds {len(rows)} rows and none with a finite test_loss and a step above 0; give a table of runs "
+            "that were evaluated after training began"
+        )
+    _require_losses(kept, name)
+    if nameless := [row for row in kept if not 0 < _number(row, by) < math.inf]:
+        raise ConfigError(
+            f"{name} holds {len(nameless)} rows whose {by} is {_number(nameless[0], by):g}; it tells the curves apart "
+            "and must be above 0: fill it in, or leave those rows out"
+        )
+    groups: dict[float, list[Row]] = {}
+    for row in kept:
+        groups.setdefault(_number(row, by), []).append(row)
+    curves = []
+    for key in sorted(groups):
+        curve, repeated = _curve(key, groups[key])
+        curves.append(curve)
+        if repeated:
+            notes.append(f"{by} {key:g}: {repeated} rows repeat a step of their run; the last of each was kept")
+    return curves, notes
 
 
 def _curve(key: float, rows: list[Row]) -> tuple[Curve, int]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rljax.config import ConfigError
 from rljax.scaling import plot
-from rljax.scaling.curves import ALIASES, AXES, Curve, read_curves
+from rljax.scaling.curves import ALIASES, AXES, Curve, read_held
 from rljax.scaling.fit import Solution, collect, parameters_of, solve
 from rljax.scaling.forms import FORMS
 from rljax.scaling.predict import PRESETS, Clip, clipped, split_largest, transfer
@@ -120,9 +120,10 @@ def _figures(table: Table) -> dict[str, Figure]:
         sets = [evaluation for s, evaluation in table.kinds if s == source]
         suffix = f"-{source}" if source else ""
         for axis in sorted(table.varied, key=AXES.index):
-            main = {"source": source, "eval": sets[0]}
-            for kind, draw in _panels(table, main, axis):
-                found[f"{kind}{suffix}"] = Figure(((sets[0], draw),))
+            curves, held = read_varied(table, source, sets[0], axis)
+            title = ", ".join(filter(None, (sets[0], *(f"{column} {value}" for column, value in held.items()))))
+            for kind, draw in _panels(curves, source, axis):
+                found[f"{kind}{suffix}"] = Figure(((title, draw),))
             if len(sets) > 1:
                 found |= {f"{kind}{suffix}": figure for kind, figure in _grids(table, source, sets, axis)}
     return found
@@ -130,7 +131,7 @@ def _figures(table: Table) -> dict[str, Figure]:
 
 def _grids(table: Table, source: str, sets: Sequence[str], axis: str) -> Iterator[tuple[str, Figure]]:
     """Every evaluation set in an axes of its own."""
-    curves = {name: _read(table, {"source": source, "eval": name}, axis) for name in sets}
+    curves = {name: read_varied(table, source, name, axis)[0] for name in sets}
     yield (
         f"evals_{axis}",
         Figure(tuple((name, _smoothed(of, "samples", axis, in_grid=True)) for name, of in curves.items())),
@@ -139,14 +140,14 @@ def _grids(table: Table, source: str, sets: Sequence[str], axis: str) -> Iterato
         yield "evals_ends", Figure(tuple((name, _ends(of)) for name, of in curves.items()))
 
 
-def _read(table: Table, where: dict[str, str], axis: str) -> list[Curve]:
-    curves, _ = read_curves(table.path, where={name: value for name, value in where.items() if value}, by=axis)
-    return curves
+def read_varied(table: Table, source: str, evaluation: str, axis: str) -> tuple[list[Curve], dict[str, str]]:
+    """Curves of one source on one evaluation set that differ by `axis` alone, and what else was held at which value."""
+    kind = {column: value for column, value in (("source", source), ("eval", evaluation)) if value}
+    return read_held(table.path, where=kind, by=axis)
 
 
-def _panels(table: Table, where: dict[str, str], axis: str) -> Iterator[tuple[str, Draw]]:
-    """(kind, what draws it) of one source on one evaluation set."""
-    curves = _read(table, where, axis)
+def _panels(curves: Sequence[Curve], source: str, axis: str) -> Iterator[tuple[str, Draw]]:
+    """(kind, what draws it) of the curves of one source on one evaluation set."""
     if len(curves) < 2:
         return
     for x in ("flops", "samples"):
@@ -158,7 +159,7 @@ def _panels(table: Table, where: dict[str, str], axis: str) -> Iterator[tuple[st
         if len(curves) < 3 or min(len(curve) for curve in curves) < 3:
             yield f"law_{x}", _law(curves, x, None)
             continue
-        intra, early = _early(curves, x, where["source"])
+        intra, early = _early(curves, x, source)
         inter, extended = _inter(curves, x)
         smaller = {curve.key: span(curve, x) for curve in curves[:-1]}
         yield f"law_{x}", _law(curves, x, _fitted(curves, x))

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rljax.config import ConfigError
-from rljax.scaling.curves import AXES, read_curves
-from rljax.scaling.figures import LAW, Table, open_table, write_figures
+from rljax.scaling.curves import AXES
+from rljax.scaling.figures import LAW, Table, open_table, read_varied, write_figures
 from rljax.scaling.page import document, escape, section, table
 from rljax.scaling.plot import LABELS
 from rljax.scaling.report import completions, read_run
@@ -74,8 +74,7 @@ def _laws(held: Table) -> Iterable[str]:
     rows, warnings = [], []
     for source in dict.fromkeys(source for source, _ in held.kinds) if "num_params" in held.varied else ():
         evaluation = next(name for s, name in held.kinds if s == source)
-        where = {column: value for column, value in (("source", source), ("eval", evaluation)) if value}
-        curves, _ = read_curves(held.path, where=where)
+        curves, _ = read_varied(held, source, evaluation, "num_params")
         for x in ("flops", "samples"):
             if len(curves) < 3 or not all((curve.x[x] > 0).all() for curve in curves):
                 continue

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 from rljax.config import ConfigError
 from rljax.scaling import plot
 from rljax.scaling.curves import Curve, read_curves
-from rljax.scaling.figures import write_figures
+from rljax.scaling.figures import open_table, read_varied, write_figures
 
 SIZES = (5e8, 1.5e9, 3e9, 7e9, 14e9)
 
@@ -46,6 +46,62 @@ def test_a_sweep_over_sizes_has_every_figure_of_the_paper_it_has_data_for(table:
     kinds = {f"{kind}_{x}" for kind in ("law", "inter", "intra", "slopes") for x in ("flops", "samples")}
     kinds |= {"intervals", "evals_num_params", "evals_ends"}
     assert names(write_figures(table, tmp_path / "f")) == {f"{kind}-base" for kind in kinds}
+
+
+@pytest.fixture
+def ladder(tmp_path: Path) -> Path:
+    """As the shipped ladder: sizes in two seeds; at one of them, reuse, group sizes and the other order."""
+    rng = np.random.default_rng(0)
+    runs = [(size, 1, 2400, 8, "shuffle", seed) for size in SIZES for seed in (0, 1)]
+    runs += [(SIZES[2], tau, 2400 // tau, 8, "shuffle", 0) for tau in (2, 5)]
+    runs += [(SIZES[2], 1, 2400, group, "shuffle", 0) for group in (4, 16)]
+    runs.append((SIZES[2], 1, 2400, 8, "curriculum", 0))
+    lines = ["run,size,tau,source,eval,num_params,step,samples,flops,test_loss,repeats,unique,group_size,order,seed"]
+    for number, (size, tau, unique, group, order, seed) in enumerate(runs):
+        for step in range(1, 31):
+            # What each axis does is far above the noise: a mean over another would show.
+            shift = 0.02 * (tau - 1) - 0.01 * (group - 8) + 0.3 * (order == "curriculum")
+            loss = law(size, np.array(512.0 * step)) * (1 - shift) + rng.normal(0, 1e-4)
+            row = (
+                f"r{number}",
+                f"{size:g}",
+                tau,
+                "rljax",
+                "task",
+                size,
+                step,
+                512 * step,
+                6 * size * 4e6 * step * group,
+            )
+            lines.append(",".join(map(str, (*row, loss, tau, unique, group, order, seed))))
+    path = tmp_path / "ladder.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_what_else_a_sweep_varies_is_held_in_each_figure(ladder: Path, tmp_path: Path) -> None:
+    kinds = {f"{kind}_{x}" for kind in ("law", "inter", "intra", "slopes") for x in ("flops", "samples")} | {
+        "intervals"
+    }
+    kinds |= {f"{axis}_{x}" for axis in ("repeats", "group_size") for x in ("flops", "samples")}
+    assert names(write_figures(ladder, tmp_path / "f")) == {f"{kind}-rljax" for kind in kinds}
+    table, middle = open_table(ladder), f"{SIZES[2]:.12g}"
+    fixed = {
+        "num_params": {"repeats": "1", "group_size": "8", "order": "shuffle"},
+        "repeats": {"num_params": middle, "group_size": "8", "order": "shuffle"},
+        "group_size": {"num_params": middle, "repeats": "1", "order": "shuffle"},
+    }
+    for axis, wanted in fixed.items():
+        curves, held = read_varied(table, "rljax", "task", axis)
+        assert held == wanted
+        for curve in curves:
+            key, size = curve.key, curve.key if axis == "num_params" else SIZES[2]
+            shift = {"num_params": 0, "repeats": 0.02 * (key - 1), "group_size": -0.01 * (key - 8)}[axis]
+            assert curve.loss == pytest.approx(law(size, curve.x["samples"]) * (1 - shift), abs=1e-3)
+    assert len(read_varied(table, "rljax", "task", "num_params")[0]) == len(SIZES)
+    assert (
+        f"num_params {middle}, group_size 8, order shuffle" in (tmp_path / "f" / "repeats_flops-rljax.svg").read_text()
+    )
 
 
 def test_reuse_and_group_size(tmp_path: Path) -> None:

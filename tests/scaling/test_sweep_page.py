@@ -65,6 +65,20 @@ def test_completions_before_and_after_and_nothing_hostile(page: str) -> None:
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
 
 
+def test_the_law_of_a_sweep_over_several_axes_is_of_one_reuse_and_one_order(tmp_path: Path) -> None:
+    lines = [COLUMNS + ",order"]
+    for size in (1e6, 3e6, 1e7, 3e7):
+        for tau, order in [(1, "shuffle"), *([(5, "shuffle"), (1, "curriculum")] if size == 3e6 else [])]:
+            for step in range(1, 31):
+                loss = 0.9 * step ** (-0.2 * size / (size + 5e6)) * (1 if (tau, order) == (1, "shuffle") else 0.5)
+                row = (f"r{size:g}-{tau}-{order}", "base", f"{size:g}", size, step, 8 * step, size * 6e3 * step, loss)
+                lines.append(",".join(map(str, (*row, tau, 4, 0, 0.5 * step, order))))
+    (tmp_path / "curves.csv").write_text("\n".join(lines) + "\n")
+    text = write_sweep_report(tmp_path).read_text()
+    slopes = re.findall(r"<td>base (?:flops|samples)</td><td>([\d.]+) ", text)
+    assert [float(slope) for slope in slopes] == pytest.approx([0.2, 0.2], rel=1e-3)
+
+
 def test_no_table(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no curves\.csv"):
         write_sweep_report(tmp_path)
