@@ -88,7 +88,7 @@ def _start_changes(start: WarmStart) -> list[str]:
     kept = _config_file(start)
     if not start.folder.is_dir() or not kept.is_file():
         return []
-    lines = config_differences(read_yaml(kept), json.loads(json.dumps(dataclasses.asdict(start.config))))
+    lines = config_differences(read_yaml(kept), json.loads(json.dumps(dataclasses.asdict(start.config))), but=("sft",))
 
     def is_under(line: str, names: tuple[str, ...]) -> bool:
         return line.startswith(tuple(f"{name}{mark}" for name in names for mark in ".:"))
