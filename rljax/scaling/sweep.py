@@ -31,6 +31,18 @@ TAIL_LINES = 15
 _GRACE_SECONDS = 30.0
 """For an interrupted run to end by itself."""
 
+_BOUND = """
+import ctypes, os, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv.pop(1)):  # it ended before that
+    sys.exit(1)
+runpy.run_module("rljax.cli", run_name="__main__", alter_sys=True)
+"""
+"""`python -m rljax.cli`, killed by the kernel when the sweep ends: in a session of its own, the run would outlive a
+sweep that was killed, and hold its folder. Not a preexec_fn: with it Python really forks, and threads do not survive
+that."""
+
 _LOCK_SECONDS = 5.0
 """For the run of a sweep that was just killed to be gone."""
 
@@ -210,12 +222,14 @@ def _execute(name: str, arguments: list[str], log: Path, lock: int, tick: Callab
     started = time.perf_counter()
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rljax.cli", *arguments],
+            [sys.executable, "-c", _BOUND, str(os.getpid()), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            # Held by the run as well: should the sweep be killed alone, no second one starts the same run beside it.
+            # Held by the run as well: until it has ended too, no second sweep starts the same run beside it.
             pass_fds=(lock,),
+            # Ctrl-C reaches every process of the terminal's foreground; the run is to hear of it once, from `_stop`.
+            start_new_session=True,
         )
         try:
             code = _wait(process, tick)
@@ -240,13 +254,14 @@ def _wait(process: "subprocess.Popen[bytes]", tick: Callable[[], None]) -> int:
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Interrupts a command, and ends it if that is not enough."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+    """Interrupts a command, and ends it if that is not enough or Ctrl-C comes again."""
+    process.send_signal(signal.SIGINT)
     try:
         process.wait(timeout=_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        logger.warning("what was running did not end within %.0f s of its interruption: killed", _GRACE_SECONDS)
+    finally:
+        process.kill()  # nothing, where it has ended
         process.wait()
 
 
@@ -282,13 +297,18 @@ def _only_one(folder: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C, so that the run is stopped too."""
+    """SIGTERM, and SIGHUP of a terminal that closes, are as Ctrl-C, so that the run is stopped too."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in signals}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
