@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rljax.config import ConfigError
-from rljax.scaling.curves import Curve
+from rljax.scaling.curves import AXES, Curve
 from rljax.scaling.fit import (
     Data,
     Solution,
@@ -30,6 +30,9 @@ from rljax.scaling.predict import Transfer, score
 
 FIELDS = ("form", "x", "params", "intervals", "r2", "r2_baseline", "per_curve", "warnings")
 """Of fit.json, all of them."""
+
+EXTENT = ("x_min", "x_max", "samples_per_step", "flops_per_sample")
+"""Of an entry of per_curve, what advice reads beside the law."""
 
 FEW_RUNS = 5
 """A spread over fewer runs is itself too uncertain for percentiles: of three runs, `benchmarks/fits.py --noise runs`
@@ -311,18 +314,24 @@ def load_fit(path: str | Path) -> Saved:
       ConfigError: the file is not there or is no fit.json.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [name for name in FIELDS if name not in raw]
-    except (OSError, ValueError, TypeError) as error:
+        return _saved(str(path), json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, LookupError) as error:  # whatever is wrong with it, it is no fit of ours
         raise ConfigError(
-            f"{path} cannot be read as a fit ({type(error).__name__}); give the fit.json of `rljax fit`"
+            f"{path} cannot be read as a fit ({type(error).__name__}: {error}); give the fit.json of `rljax fit`"
         ) from None
-    if missing or raw["form"] not in FORMS:
-        raise ConfigError(f"{path} has no {', '.join(missing) or 'known form'}; give the fit.json of `rljax fit`")
+
+
+def _saved(path: str, raw: dict[str, Any]) -> Saved:
+    if missing := [name for name in FIELDS if name not in raw]:
+        raise LookupError(f"it has no {', '.join(missing)}")
+    if raw["form"] not in FORMS:
+        raise LookupError(f"its form is {raw['form']!r}, none of {', '.join(FORMS)}")
     form = FORMS[raw["form"]]
     curves = [entry for entry in raw["per_curve"] if entry["role"] == "fitted"]
-    by = next(iter(curves[0]))
-    size = np.array([entry[by] for entry in curves])
+    if not all(name in entry for entry in curves for name in EXTENT):
+        raise LookupError(f"a fitted curve lacks one of {', '.join(EXTENT)}")
+    (by,) = [axis for axis in AXES if axis in curves[0]]
+    size = np.array([entry[by] for entry in curves], float)
     theta = []
     for parameter, curve in layout(form, len(size)):
         value = raw["params"][parameter.name]
@@ -332,7 +341,12 @@ def load_fit(path: str | Path) -> Saved:
     if form.scale:
         scale = np.array([raw["params"][form.scale][size_name(n)] for n in size], float)
         scale = 10.0**scale if form.scale == "e" else scale
-    solution = Solution(form, size, np.array(theta), scale, math.nan, ())
-    kept = raw["intervals"].get("draws")
-    draws = kept and Draws(solution, np.array(kept["theta"]), np.array(kept["scale"]), raw["intervals"]["over"])
-    return Saved(str(path), raw["form"], raw["x"], by, curves, solution, draws, raw["intervals"].get("level", 0.95))
+    solution = Solution(form, size, np.array(theta, float), scale, math.nan, ())
+    kept, intervals = None, raw["intervals"]
+    if "draws" in intervals:
+        drawn = [np.array(intervals["draws"][name], float) for name in ("theta", "scale")]
+        if drawn[0].shape[1:] != solution.theta.shape or drawn[1].shape != (len(drawn[0]), len(size)):
+            raise ValueError(f"its draws are {drawn[0].shape} and {drawn[1].shape}")
+        kept = Draws(solution, *drawn, intervals["over"])
+    level = float(intervals["level"]) if "level" in intervals else 0.95
+    return Saved(path, raw["form"], raw["x"], by, curves, solution, kept, level)
