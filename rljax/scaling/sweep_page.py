@@ -122,15 +122,18 @@ def _runs(path: Path) -> str:
         last[tuple(row[name] for name in names)] = row
     differ = [name for name in names if name in ("run", *AXES) or len({row[name] for row in rows}) > 1]
     columns = [*differ, *(name for name in COST_COLUMNS if name in rows[0])]
-    return table(columns, [[_short(row[name]) for name in columns] for row in last.values()])
+    return table(columns, [[_cell(name, row[name] or "") for name in columns] for row in last.values()])
 
 
-def _short(text: str) -> str:
+def _cell(column: str, text: str) -> str:
+    """A number in few digits; what is a name stays as it is, though it may look like a number."""
+    if column not in (*AXES, *COST_COLUMNS):
+        return text
     try:
         value = float(text)
     except ValueError:
         return text
-    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e7 else f"{value:.4g}"
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _completions(sweep: Path) -> Iterable[str]:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rljax.config import ConfigError
-from rljax.scaling.sweep_page import write_sweep_report
+from rljax.scaling.sweep_page import _cell, _runs, write_sweep_report
 
 COLUMNS = "run,source,size,num_params,step,samples,flops,test_loss,repeats,group_size,seed,accelerator_seconds"
 
@@ -57,6 +57,14 @@ def test_every_figure_is_in_the_page_and_drawn_by_vectors(page: str) -> None:
 def test_runs_with_what_they_cost(page: str) -> None:
     assert page.count("<td>r1e+06-0</td>") == 1 and page.count("<td>r3e+07-1</td>") == 1
     assert "accelerator_seconds" in page
+
+
+def test_names_stay_as_they_are_and_a_loss_that_is_none_is_said(tmp_path: Path) -> None:
+    rows = [f"{run},{step},{loss}" for run, loss in (("1e5", "nan"), ("007", "inf")) for step in (1, 2)]
+    (tmp_path / "curves.csv").write_text("run,step,test_loss\n" + "\n".join(rows) + "\n1e6\n")
+    cells = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", _runs(tmp_path / "curves.csv"))
+    assert cells == [("1e5", "2", "nan"), ("007", "2", "inf"), ("1e6", "", "")]
+    assert _cell("num_params", "590000") == "590,000" and _cell("flops", "1.23456e18") == "1.235e+18"
 
 
 def test_completions_before_and_after_and_nothing_hostile(page: str) -> None:
