@@ -4,7 +4,6 @@ The page is read on a phone as well as on a desk, in light or dark as the reader
 hostile text: everything is escaped, and the page's own policy forbids scripts and requests.
 """
 
-import csv
 import dataclasses
 import json
 import math
@@ -14,6 +13,7 @@ from typing import Any
 
 from rljax.config import ConfigError
 from rljax.scaling.page import document, escape, section, table
+from rljax.scaling.runs import read_curve
 
 Point = tuple[float, float]
 
@@ -75,14 +75,13 @@ def read_run(folder: Path) -> Run:
     """The files of a run folder; a half-written last line is skipped."""
     metrics = _read_jsonl(folder / "metrics.jsonl")
     pass_at_1: dict[str, list[Point]] = {}
-    if (folder / "curves.csv").is_file():
-        with (folder / "curves.csv").open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                try:
-                    point = (int(row["step"]), 1 - float(row["test_loss"]))
-                except (TypeError, ValueError):
-                    continue
-                pass_at_1.setdefault(row.get("eval") or "held-out", []).append(point)
+    if rows := read_curve(folder):
+        for row in rows:
+            try:
+                point = (int(row["step"]), 1 - float(row["test_loss"]))
+            except (TypeError, ValueError):
+                continue
+            pass_at_1.setdefault(row.get("eval") or "held-out", []).append(point)
     elif evaluated := [(row["step"], row["eval/pass@1"]) for row in metrics if row.get("eval/pass@1") is not None]:
         pass_at_1["held-out"] = evaluated
     files = sorted((folder / "rollouts").glob("step_*.jsonl"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rljax.config import RunConfig
+from rljax.config import FINISHED, RunConfig
 from rljax.config_file import config_differences, read_yaml
 
 State = Literal["waiting", "begun", "finished"]
@@ -22,18 +22,18 @@ def state_of(config: RunConfig) -> tuple[State, list[str]]:
     that ended under settings which may change, such as fewer `steps`, has begun: `rljax train` knows how to go on.
     """
     folder = Path(config.run_dir)
-    is_finished = (folder / "finished.json").is_file()
+    is_finished = (folder / FINISHED).is_file()
     has_checkpoint = any(step.name.isdigit() for step in (folder / "checkpoints").glob("*"))
     if not is_finished and not has_checkpoint:
         return "waiting", []
-    saved, now = read_yaml(folder / "config.yaml"), _plain(config)
+    saved, now = read_yaml(folder / "config.yaml"), plain(config)
     differences = config_differences(saved, now)
     for side in (saved, now):
         side["model"]["remat"] = "auto"  # a run notes its choice
     return "finished" if is_finished and saved == now else "begun", differences
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Any]:
     """As its YAML is read: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

@@ -6,7 +6,6 @@ finished runs are skipped, one that has begun resumes from its checkpoint, and a
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shlex
@@ -22,7 +21,7 @@ from typing import Any, Literal
 from rljax.config import ConfigError, RunConfig
 from rljax.config_file import config_differences, dump_config, read_yaml
 from rljax.scaling.grid import PlannedRun, Sweep, WarmStart
-from rljax.scaling.runs import Progress, merge_curves, progress_of, state_of
+from rljax.scaling.runs import Progress, merge_curves, plain, progress_of, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,7 @@ def _start_changes(start: WarmStart) -> list[str]:
     kept = _config_file(start)
     if not start.folder.is_dir() or not kept.is_file():
         return []
-    lines = config_differences(read_yaml(kept), json.loads(json.dumps(dataclasses.asdict(start.config))), but=("sft",))
+    lines = config_differences(read_yaml(kept), plain(start.config), but=("sft",))
 
     def is_under(line: str, names: tuple[str, ...]) -> bool:
         return line.startswith(tuple(f"{name}{mark}" for name in names for mark in ".:"))

@@ -137,6 +137,11 @@ def test_a_run_of_one_evaluation(tmp_path):
     assert "nan" not in text.lower()
 
 
+def test_the_line_a_killed_process_was_writing_is_no_evaluation(tmp_path):
+    (tmp_path / "curves.csv").write_text(HEADER + "r,rljax,8e5,0,0,0,0,0.875,,,,,\nr,rljax,8e5,5,0,0,0,0.1")
+    assert read_run(tmp_path).pass_at_1 == {"held-out": [(0, 0.125)]}
+
+
 def test_metrics_alone_give_pass_at_1_too(tmp_path):
     folder = _write_run(tmp_path / "run")
     (folder / "curves.csv").unlink()
