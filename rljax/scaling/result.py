@@ -25,7 +25,7 @@ from rljax.scaling.fit import (
     solve,
 )
 from rljax.scaling.forms import FORMS
-from rljax.scaling.intervals import Draws, bootstrap, interval
+from rljax.scaling.intervals import Draws, bootstrap, interval, spreads_of_runs
 from rljax.scaling.predict import Transfer, score
 
 FIELDS = ("form", "x", "params", "intervals", "r2", "r2_baseline", "per_curve", "warnings")
@@ -34,9 +34,9 @@ FIELDS = ("form", "x", "params", "intervals", "r2", "r2_baseline", "per_curve", 
 EXTENT = ("x_min", "x_max", "samples_per_step", "flops_per_sample")
 """Of an entry of per_curve, what advice reads beside the law."""
 
-FEW_RUNS = 5
-"""A spread over fewer runs is itself too uncertain for percentiles: of three runs, `benchmarks/fits.py --noise runs`
-finds 84 of 100 intervals of one size's loss to hold the truth, and 90 or more of k_max and N0, which pool the sizes."""
+UNLIKE_SPREADS = 3.0
+"""Times as far apart as those of the others: the runs of one size that intervals over runs, which take one spread for
+all, do not fit. Chance alone takes three runs of one of seven sizes there in 3 of 100 cases (F of 2 and 12)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,11 +256,8 @@ def warnings_of(fit: Fit) -> list[str]:
         found += _n0_warnings(fit)
     if fit.form.startswith("loglinear_kn") and len(sizes) == 2:
         found.append("two sizes give two slopes, and k_max and N0 are two parameters: nothing checks the law")
-    fewest = min(len(curve.runs) for curve in fit.curves)
-    if fit.draws is not None and fit.draws.over == "runs" and fewest < FEW_RUNS:
-        found.append(
-            f"intervals come from {fewest} runs of a size: with so few, those of one size's E and loss are too narrow"
-        )
+    if fit.draws is not None and fit.draws.over == "runs":
+        found += _spread_warnings(fit)
     baseline = constant_baseline(fit.data)
     if fit.r2 <= baseline:
         found.append(f"R² {fit.r2:.4f} is no better than that of a constant per curve, {baseline:.4f}")
@@ -274,6 +271,19 @@ def warnings_of(fit: Fit) -> list[str]:
     ]
     if uneven:
         found.append(f"the number of runs differs along the curve at {fit.by} {', '.join(uneven)}")
+    return found
+
+
+def _spread_warnings(fit: Fit) -> list[str]:
+    """Sizes whose runs are further apart than intervals over runs, which take one spread for all, allow for."""
+    spreads, found = spreads_of_runs(fit.data), []
+    for i, curve in enumerate(fit.curves):
+        others = np.sqrt(np.mean(np.delete(spreads, i) ** 2)) if len(spreads) > 1 else math.inf
+        if spreads[i] > UNLIKE_SPREADS * others:
+            found.append(
+                f"the runs of {fit.by} {size_name(curve.key)} are more than {UNLIKE_SPREADS:g} times as far apart as "
+                "those of the others: its intervals are too narrow, and the others' too wide"
+            )
     return found
 
 

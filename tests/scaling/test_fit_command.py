@@ -1,6 +1,7 @@
 """`rljax fit` and `rljax advise`: what they write, print and refuse."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -155,8 +156,21 @@ def test_intervals_from_few_runs_say_so(folder) -> None:
     assert main(["fit", "0.csv", "1.csv", "2.csv", "--draws", "39"]) == 0
     found = json.loads((folder / "fit.json").read_text())
     assert found["intervals"]["over"] == "runs"
-    assert any("intervals come from 3 runs of a size" in warning for warning in found["warnings"])
+    assert not any("as far apart" in warning for warning in found["warnings"])
     assert [entry["runs"] for entry in found["per_curve"]] == [3] * 7
+
+
+def test_runs_of_one_size_further_apart_than_the_others_are_said(folder) -> None:
+    """Their spreads are pooled, so one that is unlike the others must not go unseen."""
+    for seed in range(3):
+        curves = paper_curves(np.random.default_rng(seed), steps=40)
+        shifted = dataclasses.replace(curves[3], loss=curves[3].loss + 0.1 * (seed - 1))
+        write(folder / f"{seed}.csv", [*curves[:3], shifted, *curves[4:]], run=f"r{seed}")
+    assert main(["fit", "0.csv", "1.csv", "2.csv", "--draws", "9"]) == 0
+    found = json.loads((folder / "fit.json").read_text())["warnings"]
+    assert [warning[:66] for warning in found if "as far apart" in warning] == [
+        "the runs of num_params 7000000000 are more than 3 times as far apa"
+    ]
 
 
 def test_notes_of_the_table_are_warnings_of_the_fit(folder) -> None:
