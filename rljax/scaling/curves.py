@@ -2,7 +2,8 @@
 
 Two schemas are read. `curves.csv`, which runs and sweeps write: `run, source, num_params, step, samples, flops, tokens,
 test_loss` and perhaps `unique, repeats, group_size, eval, seed, order` and the axes of a sweep. And that of the paper's
-recovered curves: `source, size_b, step, flops_cum, loss_mean`, with `loss`, `tau` or `rollout_n` in some files.
+recovered curves: `source, size_b, step, flops_cum, loss_mean`, with `loss`, `tau` or `rollout_n` in some files; one
+holds `mean_response_tokens` instead of a loss.
 
 A curve is a mean over runs that differ in nothing but their seed: whatever else differs within one is refused.
 """
@@ -24,18 +25,19 @@ ALIASES = {
     "test_loss": ("test_loss", "loss_mean", "loss"),
     "repeats": ("repeats", "tau"),
     "group_size": ("group_size", "rollout_n"),
+    "completion_tokens": ("completion_tokens", "mean_response_tokens"),
 }
 """Our column, and the names it may have in a table; the first that is there counts."""
 
 TEXT = ("run", "seed", "source", "eval", "order")
-NUMBERS = ("num_params", "step", "samples", "flops", "tokens", "test_loss", "repeats", "group_size", "unique")
+MEASURES = ("test_loss", "completion_tokens")
+"""What a curve may be of: 1 - pass@1, or the mean length of the completions trained on."""
+NUMBERS = ("num_params", "step", "samples", "flops", "tokens", *MEASURES, "repeats", "group_size", "unique")
 AXES = ("num_params", "repeats", "group_size")
 """What may tell the curves of a table apart."""
 
 MEASURED = frozenset(
-    name
-    for column in ("step", "samples", "flops", "tokens", "test_loss")
-    for name in (column, *ALIASES.get(column, ()))
+    name for column in ("step", "samples", "flops", "tokens", *MEASURES) for name in (column, *ALIASES.get(column, ()))
 ) | {"full_flops", "full_flops_non_embedding", "accelerator_seconds"}
 """Columns that may differ within a curve, beside the name of the run and its seeds; all others are settings."""
 
@@ -45,14 +47,14 @@ PAPER_PROMPTS_PER_STEP = 512
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Test loss along training at one size (or reuse, or group size), averaged over runs; steps ascend."""
+    """Test loss, or another of `MEASURES`, along training at one size (or reuse, or group size); steps ascend."""
 
     key: float
     """Value of the axis that tells the curves apart: parameters, repeats or completions per prompt."""
     step: np.ndarray  # [n] int64, above 0
     x: Mapping[str, np.ndarray]  # "samples", "flops", "tokens", "step": [n] float64, NaN where the table has none
-    loss: np.ndarray  # [n] float64, 1 - pass@1, mean over the runs evaluated at that step
-    runs: np.ndarray  # [R, n] float64, the loss of each run, NaN where it was not evaluated
+    loss: np.ndarray  # [n] float64, 1 - pass@1 or what else was measured, mean over the runs that have it at that step
+    runs: np.ndarray  # [R, n] float64, that of each run, NaN where it was not measured
 
     def __len__(self) -> int:
         return len(self.step)
@@ -90,7 +92,9 @@ def read_curves(
     return _curves(_filtered(rows, where or {}, name), by, name)
 
 
-def read_held(path: str | Path, *, where: Mapping[str, str], by: str) -> tuple[list[Curve], dict[str, str]]:
+def read_held(
+    path: str | Path, *, where: Mapping[str, str], by: str, measure: str = "test_loss"
+) -> tuple[list[Curve], dict[str, str]]:
     """Curves that differ by one axis alone, of a table that varies others too; and at which values those were held.
 
     Another axis, and the order of prompts, are held if they vary at all; what else differs, if it differs within a
@@ -100,11 +104,12 @@ def read_held(path: str | Path, *, where: Mapping[str, str], by: str) -> tuple[l
       path: a .csv file.
       where: as for `read_curves`.
       by: the axis that varies.
+      measure: what the curves are of, one of `MEASURES`.
 
     Raises:
       ConfigError: as `read_curves`.
     """
-    rows = _filtered(_read_table(Path(path), by), where, str(path))
+    rows = _filtered(_read_table(Path(path), by, measure), where, str(path))
     held: dict[str, str] = {}
     for column in _settings(rows, by):
         curves: dict[str, list[float]] = {}
@@ -114,7 +119,7 @@ def read_held(path: str | Path, *, where: Mapping[str, str], by: str) -> tuple[l
         if len(curves) > 1 and must:
             held[column] = max(curves, key=lambda value: (len(set(curves[value])), len(curves[value])))
             rows = [row for row in rows if _text(row, column) == held[column]]
-    return _curves(rows, by, str(path))[0], held
+    return _curves(rows, by, str(path), measure)[0], held
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -126,7 +131,7 @@ def _number(row: Row, column: str) -> float:
     return value
 
 
-def _read_table(path: Path, by: str) -> list[Row]:
+def _read_table(path: Path, by: str, measure: str = "test_loss") -> list[Row]:
     if not path.is_file():
         raise ConfigError(f"{path} is not a file; give a curves.csv that a run or `rljax sweep` wrote")
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -134,12 +139,12 @@ def _read_table(path: Path, by: str) -> list[Row]:
         present = [name.strip() for name in reader.fieldnames or ()]
         reader.fieldnames = present
         sources = {column: _first(ALIASES.get(column, (column,)), present) for column in (*NUMBERS, *TEXT)}
-        for column in ("step", "test_loss", by):
+        for column in ("step", measure, by):
             if sources[column] is None:
                 needed = " or ".join(ALIASES.get(column, (column,)))
                 raise ConfigError(
                     f"{path} has the columns {', '.join(present) or '(none)'} and no {needed}; a curves table needs "
-                    f"step, test_loss and {by}"
+                    f"step, {measure} and {by}"
                 )
         return [_row(raw, sources, f"{path}:{number}") for number, raw in enumerate(reader, 2)]
 
@@ -262,19 +267,20 @@ def _require_losses(rows: list[Row], name: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- curves
 
 
-def _curves(rows: list[Row], by: str, name: str) -> tuple[list[Curve], list[str]]:
+def _curves(rows: list[Row], by: str, name: str, measure: str = "test_loss") -> tuple[list[Curve], list[str]]:
     """Curves of the rows of `name`, and notes."""
     _require_one_kind(rows, by, name)
-    kept = [row for row in rows if math.isfinite(_number(row, "test_loss")) and _number(row, "step") > 0]
+    kept = [row for row in rows if math.isfinite(_number(row, measure)) and _number(row, "step") > 0]
     notes = []
-    if dropped := sum(not math.isfinite(_number(row, "test_loss")) for row in rows):
-        notes.append(f"{dropped} rows without a loss were left out")
+    if dropped := sum(not math.isfinite(_number(row, measure)) for row in rows):
+        notes.append(f"{dropped} rows without a {'loss' if measure == 'test_loss' else measure} were left out")
     if not kept:
         raise ConfigError(
-            f"{name} holds {len(rows)} rows and none with a finite test_loss and a step above 0; give a table of runs "
+            f"{name} holds {len(rows)} rows and none with a finite {measure} and a step above 0; give a table of runs "
             "that were evaluated after training began"
         )
-    _require_losses(kept, name)
+    if measure == "test_loss":
+        _require_losses(kept, name)
     if nameless := [row for row in kept if not 0 < _number(row, by) < math.inf]:
         raise ConfigError(
             f"{name} holds {len(nameless)} rows whose {by} is {_number(nameless[0], by):g}; it tells the curves apart "
@@ -285,14 +291,14 @@ def _curves(rows: list[Row], by: str, name: str) -> tuple[list[Curve], list[str]
         groups.setdefault(_number(row, by), []).append(row)
     curves = []
     for key in sorted(groups):
-        curve, repeated = _curve(key, groups[key])
+        curve, repeated = _curve(key, groups[key], measure)
         curves.append(curve)
         if repeated:
             notes.append(f"{by} {key:g}: {repeated} rows repeat a step of their run; the last of each was kept")
     return curves, notes
 
 
-def _curve(key: float, rows: list[Row]) -> tuple[Curve, int]:
+def _curve(key: float, rows: list[Row], measure: str) -> tuple[Curve, int]:
     """The mean over runs, and how many rows repeated a step of their run."""
     last: dict[tuple[str, str, float], Row] = {}
     for row in rows:
@@ -307,7 +313,7 @@ def _curve(key: float, rows: list[Row]) -> tuple[Curve, int]:
             values[names.index((run, seed)), place[step]] = _number(row, column)
         return values
 
-    loss = grid("test_loss")
+    loss = grid(measure)
     x = {column: _mean(grid(column)) for column in ("samples", "flops", "tokens")}
     step = np.array(steps, np.float64)
     return Curve(key, step.astype(np.int64), {**x, "step": step}, _mean(loss), loss), len(rows) - len(last)

@@ -14,7 +14,7 @@ import numpy as np
 
 from rljax.config import ConfigError
 from rljax.scaling import plot
-from rljax.scaling.curves import ALIASES, AXES, Curve, read_held
+from rljax.scaling.curves import ALIASES, AXES, MEASURES, Curve, read_held
 from rljax.scaling.fit import Solution, collect, parameters_of, solve
 from rljax.scaling.forms import FORMS
 from rljax.scaling.predict import PRESETS, Clip, clipped, split_largest, transfer
@@ -40,6 +40,8 @@ class Table:
     """(source, evaluation set) of its rows; "" where there is no such column."""
     varied: frozenset[str]
     """Of `curves.AXES`, those with more than one value."""
+    measures: frozenset[str]
+    """Of `curves.MEASURES`, those it holds any of."""
 
 
 def open_table(path: str | Path) -> Table:
@@ -57,7 +59,8 @@ def open_table(path: str | Path) -> Table:
         return [row[name] or "" if name else "" for row in rows]
 
     kinds = tuple(dict.fromkeys(zip(values("source"), values("eval"), strict=True)))
-    return Table(file, kinds, frozenset(axis for axis in AXES if len(set(values(axis))) > 1))
+    varied = frozenset(axis for axis in AXES if len(set(values(axis))) > 1)
+    return Table(file, kinds, varied, frozenset(measure for measure in MEASURES if any(values(measure))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,12 @@ def _figures(table: Table) -> dict[str, Figure]:
         sets = [evaluation for s, evaluation in table.kinds if s == source]
         suffix = f"-{source}" if source else ""
         for axis in sorted(table.varied, key=AXES.index):
+            if "completion_tokens" in table.measures:
+                lengths, _ = read_varied(table, source, sets[0], axis, "completion_tokens")
+                if len(lengths) > 1:
+                    found[f"lengths_{axis}{suffix}"] = Figure(((sets[0], _lengths(lengths, axis)),))
+            if table.measures == {"completion_tokens"}:
+                continue
             curves, held = read_varied(table, source, sets[0], axis)
             title = ", ".join(filter(None, (sets[0], *(f"{column} {value}" for column, value in held.items()))))
             for kind, draw in _panels(curves, source, axis):
@@ -140,10 +149,12 @@ def _grids(table: Table, source: str, sets: Sequence[str], axis: str) -> Iterato
         yield "evals_ends", Figure(tuple((name, _ends(of)) for name, of in curves.items()))
 
 
-def read_varied(table: Table, source: str, evaluation: str, axis: str) -> tuple[list[Curve], dict[str, str]]:
+def read_varied(
+    table: Table, source: str, evaluation: str, axis: str, measure: str = "test_loss"
+) -> tuple[list[Curve], dict[str, str]]:
     """Curves of one source on one evaluation set that differ by `axis` alone, and what else was held at which value."""
     kind = {column: value for column, value in (("source", source), ("eval", evaluation)) if value}
-    return read_held(table.path, where=kind, by=axis)
+    return read_held(table.path, where=kind, by=axis, measure=measure)
 
 
 def _panels(curves: Sequence[Curve], source: str, axis: str) -> Iterator[tuple[str, Draw]]:
@@ -210,6 +221,10 @@ def _law(
 
 def _smoothed(curves: Sequence[Curve], x: str, axis: str, *, in_grid: bool = False) -> Draw:
     return lambda axes: plot.draw_smoothed(axes, curves, x, axis, in_grid=in_grid)
+
+
+def _lengths(curves: Sequence[Curve], axis: str) -> Draw:
+    return lambda axes: plot.draw_lengths(axes, curves, axis)
 
 
 def _ends(curves: Sequence[Curve]) -> Draw:

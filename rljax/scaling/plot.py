@@ -154,6 +154,22 @@ def draw_smoothed(axes: Any, curves: Sequence[Curve], x: str, axis: str, *, in_g
         axes.legend(title=style.legend, loc="lower left")
 
 
+def draw_lengths(axes: Any, curves: Sequence[Curve], axis: str) -> None:
+    """Mean completion length over data, raw and smoothed; curves of `completion_tokens`."""
+    style = style_of(axis, [curve.key for curve in curves])
+    x = "samples" if all(len(positive(curve, "samples")[0]) for curve in curves) else "step"
+    for i, curve in enumerate(curves):
+        colour = style.colour(curve.key, i / max(len(curves) - 1, 1))
+        resource, tokens = positive(curve, x)
+        axes.scatter(resource, tokens, s=15, alpha=0.3, color=colour, linewidths=0)
+        line = smooth(resource, tokens, monotone=False)
+        axes.plot(resource, line, color=colour, linewidth=2, label=style.name(curve.key))
+    axes.set_xscale("log")
+    axes.set_xlabel(LABELS[x])
+    axes.set_ylabel("Response Length")
+    axes.legend(title=style.legend, ncols=1 + len(curves) // 5)
+
+
 def draw_slopes(axes: Any, laws: Mapping[str, tuple[float, float]], sizes: Sequence[float], largest: float) -> None:
     """K(N) = K_max N / (N + N0) of laws by name, (K_max, N0), with the sizes each was measured at.
 
@@ -217,7 +233,7 @@ def positive(curve: Curve, x: str) -> tuple[np.ndarray, np.ndarray]:
     return curve.x[x][there][order], curve.loss[there][order]
 
 
-def smooth(x: np.ndarray, loss: np.ndarray) -> np.ndarray:
+def smooth(x: np.ndarray, loss: np.ndarray, *, monotone: bool = True) -> np.ndarray:
     """A decorative line in the paper's manner: a cubic spline in log x, as smooth as the noise allows, then made
     monotone, whichever way fits better. The noise is that of neighbouring points; curves of fewer than eight are
     returned as they are."""
@@ -230,6 +246,8 @@ def smooth(x: np.ndarray, loss: np.ndarray) -> np.ndarray:
     mean = np.bincount(places, loss) / np.bincount(places)
     noise = max(float(np.std(np.diff(mean))) / 2**0.5, 1e-3)
     spline = UnivariateSpline(log_x, mean, w=np.full(len(mean), 1 / noise), k=3, s=1.2 * len(mean))
+    if not monotone:
+        return spline(log_x)[places]
     both = (isotonic_regression(spline(log_x), increasing=up).x for up in (False, True))
     return min(both, key=lambda line: float(np.sum((line - mean) ** 2)))[places]
 

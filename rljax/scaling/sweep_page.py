@@ -27,6 +27,7 @@ TITLES = {
     "slopes": "Slope K(N)",
     "repeats": "Data reuse",
     "group_size": "Completions per prompt",
+    "lengths": "Response length, tokens",
     "evals_ends": "Evaluation sets, the first ten evaluations and the last ten",
     "evals": "Evaluation sets",
 }
@@ -72,7 +73,8 @@ def write_sweep_report(
 def _laws(held: Table) -> Iterable[str]:
     """Of each source, the law over compute and over data on its first evaluation set, with intervals and warnings."""
     rows, warnings = [], []
-    for source in dict.fromkeys(source for source, _ in held.kinds) if "num_params" in held.varied else ():
+    fits = "num_params" in held.varied and "test_loss" in held.measures
+    for source in dict.fromkeys(source for source, _ in held.kinds) if fits else ():
         evaluation = next(name for s, name in held.kinds if s == source)
         curves, _ = read_varied(held, source, evaluation, "num_params")
         for x in ("flops", "samples"):

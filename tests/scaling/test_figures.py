@@ -112,6 +112,26 @@ def test_reuse_and_group_size(tmp_path: Path) -> None:
         assert names(write_figures(path, tmp_path / column)) == {f"{name}-base" for name in wanted}
 
 
+def test_response_lengths_alone_or_beside_losses(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.csv"
+    rows = [f"base,{size},{step},{800 - step + size}" for size in (0.5, 7, 72) for step in range(11, 101)]
+    path.write_text("source,size_b,step,mean_response_tokens\n" + "\n".join(rows))
+    assert names(write_figures(path, tmp_path / "a")) == {"lengths_num_params-base"}
+    table = open_table(path)
+    (first, *_), _ = read_varied(table, "base", "", "num_params", "completion_tokens")
+    assert (first.key, first.loss[0], first.x["samples"][0]) == (5e8, 789.5, 11 * 512)
+    rows = [f"{size},{step},{8 * step},0.5,{'' if step < 2 else 30 + step}" for size in (1, 2) for step in range(20)]
+    path.write_text("num_params,step,samples,test_loss,completion_tokens\n" + "\n".join(rows))
+    assert names(write_figures(path, tmp_path / "b")) == {"law_samples", "lengths_num_params"}
+
+
+def test_a_line_that_need_not_be_monotone_turns() -> None:
+    x = np.arange(1.0, 101.0)
+    truth = 800 + 100 * np.cos(np.log(x))
+    line = plot.smooth(x, truth + np.random.default_rng(0).normal(0, 5, 100), monotone=False)
+    assert np.abs(line - truth)[5:].max() < 20
+
+
 def test_beside_another_table_and_the_same_bytes_each_time(tmp_path: Path) -> None:
     for column in ("tau", "rollout_n"):
         rows = [f"base,{value},{step},{0.9 - 0.001 * step}" for value in (4, 8) for step in range(1, 20)]

@@ -160,6 +160,32 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         write_report(tmp_path / "nowhere")
 
 
+def _with_forecasts(folder, last):
+    """A run whose evaluations up to step `last` forecast its end."""
+    folder = _write_run(folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    for row in rows:
+        if 0 < row["step"] <= last and row["step"] % 5 == 0:
+            row["forecast/final_test_loss"] = 0.4 - 0.001 * row["step"]
+            row |= {"forecast/final_test_loss_low": 0.3, "forecast/final_test_loss_high": 0.45}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_report(folder).read_text()
+
+
+def test_a_run_under_way_shows_where_it_will_end(tmp_path):
+    text = _with_forecasts(tmp_path / "run", last=20)
+    _assert_self_contained(text)
+    assert "<span>pass@1 at the end, forecast</span><b>0.620</b><span>95 %: 0.550 to 0.700</span>" in text
+    assert '<b class="line0">median 0.62</b> <b class="line1">low 0.55</b> <b class="line2">high 0.7</b>' in text
+
+
+def test_a_run_that_has_ended_shows_its_forecasts_as_a_chart_alone(tmp_path):
+    text = _with_forecasts(tmp_path / "run", last=15)
+    assert "95 %" not in text
+    assert text.count("pass@1 at the end, forecast") == 2  # the caption, and the same for who does not see
+    assert "pass@1 at the end" not in write_report(_write_run(tmp_path / "other")).read_text()
+
+
 def test_two_held_out_sets_are_two_lines(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
