@@ -6,7 +6,7 @@ write_figures("runs/sweep/curves.csv", Path("figures"))
 import csv
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +123,21 @@ def _figures(table: Table) -> dict[str, Figure]:
         sets = [evaluation for s, evaluation in table.kinds if s == source]
         suffix = f"-{source}" if source else ""
         for axis in sorted(table.varied, key=AXES.index):
+            if table.measures != {"completion_tokens"}:
+                curves, held = read_varied(table, source, sets[0], axis)
+                for kind, draw in _panels(curves, source, axis):
+                    found[f"{kind}{suffix}"] = Figure(((_title(sets[0], held), draw),))
+                if len(sets) > 1:
+                    found |= {f"{kind}{suffix}": figure for kind, figure in _grids(table, source, sets, axis)}
             if "completion_tokens" in table.measures:
-                lengths, _ = read_varied(table, source, sets[0], axis, "completion_tokens")
-                if len(lengths) > 1:
-                    found[f"lengths_{axis}{suffix}"] = Figure(((sets[0], _lengths(lengths, axis)),))
-            if table.measures == {"completion_tokens"}:
-                continue
-            curves, held = read_varied(table, source, sets[0], axis)
-            title = ", ".join(filter(None, (sets[0], *(f"{column} {value}" for column, value in held.items()))))
-            for kind, draw in _panels(curves, source, axis):
-                found[f"{kind}{suffix}"] = Figure(((title, draw),))
-            if len(sets) > 1:
-                found |= {f"{kind}{suffix}": figure for kind, figure in _grids(table, source, sets, axis)}
+                curves, held = read_varied(table, source, sets[0], axis, "completion_tokens")
+                if len(curves) > 1:
+                    found[f"lengths_{axis}{suffix}"] = Figure(((_title(sets[0], held), _lengths(curves, axis)),))
     return found
+
+
+def _title(evaluation: str, held: Mapping[str, str]) -> str:
+    return ", ".join(filter(None, (evaluation, *(f"{column} {value}" for column, value in held.items()))))
 
 
 def _grids(table: Table, source: str, sets: Sequence[str], axis: str) -> Iterator[tuple[str, Figure]]:

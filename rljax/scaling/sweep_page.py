@@ -13,7 +13,7 @@ from rljax.config import ConfigError
 from rljax.scaling.curves import AXES
 from rljax.scaling.figures import LAW, Table, open_table, read_varied, write_figures
 from rljax.scaling.page import document, escape, section, table
-from rljax.scaling.plot import LABELS
+from rljax.scaling.plot import LABELS, style_of
 from rljax.scaling.report import completions, read_run
 from rljax.scaling.result import fit_curves, fit_json
 
@@ -82,22 +82,23 @@ def _laws(held: Table) -> Iterable[str]:
                 continue
             found = fit_json(fit_curves(curves, form=LAW, x=x, draws=DRAWS))
             name = " ".join(filter(None, (source, evaluation, x)))
+            sizes = style_of("num_params", [curve.key for curve in curves])
             params, intervals = found["params"], found["intervals"]
             rows.append((
                 name,
-                _with_interval(params["k_max"], intervals["k_max"], 1.0),
-                _with_interval(params["n0"], intervals["n0"], 1e9),
+                _with_interval(params["k_max"], intervals["k_max"]),
+                _with_interval(params["n0"], intervals["n0"], sizes.unit, sizes.suffix),
                 f"{found['r2']:.4f}",
                 f"{found['r2_baseline']:.4f}",
             ))  # fmt: skip
             warnings += [f"{name}: {warning}" for warning in found["warnings"]]
     if rows:
-        yield table(("", "K_max", "N0, 1e9", "R²", "R² of a constant per size"), rows)
+        yield table(("", "K_max", "N0", "R²", "R² of a constant per size"), rows)
         yield "".join(f"<p>{escape(warning)}</p>" for warning in warnings)
 
 
-def _with_interval(value: float, ends: Sequence[float], unit: float) -> str:
-    return f"{value / unit:.4g} ({ends[0] / unit:.4g} to {ends[1] / unit:.4g})"
+def _with_interval(value: float, ends: Sequence[float], unit: float = 1.0, suffix: str = "") -> str:
+    return f"{value / unit:.4g}{suffix} ({ends[0] / unit:.4g} to {ends[1] / unit:.4g})"
 
 
 def _image(file: Path) -> str:

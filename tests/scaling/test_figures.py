@@ -175,6 +175,18 @@ def test_a_smoothed_line_follows_the_curve_up_or_down(sign: int) -> None:
     assert (sign * np.diff(line) >= -1e-12).all()
 
 
+@pytest.mark.parametrize(("last", "wanted"), [(3e3, [200, 500, 1000, 2000]), (1e6, [1e3, 1e4, 1e5, 1e6])])
+def test_labels_of_x_have_room(last: float, wanted: list[float]) -> None:
+    with plot.figure() as (drawn, axes):
+        axes[0, 0].plot([160, last], [1, 2])
+        plot.log_x(axes[0, 0])
+        drawn.canvas.draw()
+        ticks = [tick for which in ("major", "minor") for tick in axes[0, 0].xaxis.get_ticklabels(which=which)]
+        low, high = axes[0, 0].get_xlim()
+        shown = [tick.get_position()[0] for tick in ticks if tick.get_text() and low <= tick.get_position()[0] <= high]
+    assert shown == pytest.approx(wanted)
+
+
 def test_intervals_are_those_of_the_last_step_all_runs_have() -> None:
     runs = np.array([[0.9, 0.8, 0.7], [0.9, 0.82, np.nan], [0.9, 0.84, np.nan]])
     curve = Curve(1e9, np.array([1, 2, 3]), {"step": np.arange(1.0, 4.0)}, np.nanmean(runs, axis=0), runs)
