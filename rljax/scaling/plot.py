@@ -247,7 +247,7 @@ def smooth(x: np.ndarray, loss: np.ndarray, *, monotone: bool = True) -> np.ndar
     noise = max(float(np.std(np.diff(mean))) / 2**0.5, 1e-3)
     spline = UnivariateSpline(log_x, mean, w=np.full(len(mean), 1 / noise), k=3, s=1.2 * len(mean))
     if not monotone:
-        return spline(log_x)[places]
+        return np.asarray(spline(log_x))[places]
     both = (isotonic_regression(spline(log_x), increasing=up).x for up in (False, True))
     return min(both, key=lambda line: float(np.sum((line - mean) ** 2)))[places]
 

@@ -354,9 +354,9 @@ def _saved(path: str, raw: dict[str, Any]) -> Saved:
     solution = Solution(form, size, np.array(theta, float), scale, math.nan, ())
     kept, intervals = None, raw["intervals"]
     if "draws" in intervals:
-        drawn = [np.array(intervals["draws"][name], float) for name in ("theta", "scale")]
-        if drawn[0].shape[1:] != solution.theta.shape or drawn[1].shape != (len(drawn[0]), len(size)):
-            raise ValueError(f"its draws are {drawn[0].shape} and {drawn[1].shape}")
-        kept = Draws(solution, *drawn, intervals["over"])
+        thetas, scales = (np.array(intervals["draws"][name], float) for name in ("theta", "scale"))
+        if thetas.shape[1:] != solution.theta.shape or scales.shape != (len(thetas), len(size)):
+            raise ValueError(f"its draws are {thetas.shape} and {scales.shape}")
+        kept = Draws(solution, thetas, scales, intervals["over"])
     level = float(intervals["level"]) if "level" in intervals else 0.95
     return Saved(path, raw["form"], raw["x"], by, curves, solution, kept, level)
