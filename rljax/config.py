@@ -438,6 +438,10 @@ class LoggingConfig:
     """Write metrics under the names of that library as well (`ALIASES` in `rljax/metrics.py`)."""
 
 
+FINISHED = "finished.json"
+"""In a run folder: the run of its config.yaml came to its end."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A run: everything that decides what is computed."""

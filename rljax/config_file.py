@@ -5,7 +5,7 @@ Resolution order: dataclass defaults, then each YAML file left to right, then `-
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -228,7 +228,9 @@ def dump_config(config: RunConfig) -> str:
 
 _MAY_CHANGE = (
     # Where a run is written, how long it goes on, what is seen of it.
-    *("run_dir", "steps", "logging", "checkpoint", "evaluation.every", "sample"),
+    *("run_dir", "steps", "logging", "checkpoint", "evaluation.every", "reward.hack_meter"),
+    # What only other commands read.
+    *("sft", "eval", "sample"),
     # Where and in which portions the same thing is computed: other devices, less memory.
     *("mesh", "model.remat", "algorithm.microbatch_tokens"),
     *("sampling.chunk_tokens", "sampling.cache_growth", "sampling.compact", "sampling.refill", "sampling.max_rows"),
@@ -237,15 +239,19 @@ _MAY_CHANGE = (
 """Fields, or whole sections, that a continued run may give anew; `config_differences` has the one exception."""
 
 
-def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """`data.seed: 0 -> 1` for each field that changes what is computed; both are nested dicts of a RunConfig."""
-    old, new = _dotted(saved), _dotted(current)
-    fixed = set()
+def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any], *, but: Collection[str] = ()) -> list[str]:
+    """`data.seed: 0 -> 1` for each field that changes what is computed; both are nested dicts of a RunConfig.
+
+    Args:
+      but: of the fields and sections that may change in a run, those that may not here.
+    """
+    old, new = dotted(saved), dotted(current)
+    free = [name for name in _MAY_CHANGE if name not in but]
     if new.get("algorithm.aggregation") == "micro_batch_token_mean":  # how updates are split is part of this loss
-        fixed.add("algorithm.microbatch_tokens")
+        free.remove("algorithm.microbatch_tokens")
     lines = []
     for name in [*new, *(name for name in old if name not in new)]:
-        if name not in fixed and any(name == free or name.startswith(f"{free}.") for free in _MAY_CHANGE):
+        if any(name == one or name.startswith(f"{one}.") for one in free):
             continue
         before, after = (side.get(name, "absent") for side in (old, new))
         if before != after:
@@ -267,11 +273,12 @@ def require_same_config(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
         )
 
 
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"seed": 0}} -> {"data.seed": 0}, tuples as the lists that YAML has; an empty mapping vanishes."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _dotted(value, f"{prefix}{key}.")
+            flat |= dotted(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat

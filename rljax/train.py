@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.checkpoint import CheckpointStore
-from rljax.config import ARCHITECTURES, ConfigError, RunConfig
+from rljax.config import ARCHITECTURES, FINISHED, ConfigError, RunConfig
 from rljax.config_file import dump_config, require_same_config
 from rljax.costs import (
     FlopCount,
@@ -66,10 +66,6 @@ Forecaster = Callable[[str, int], Mapping[str, float]]
 
 _TRAIN_DRAWS, _EVALUATION_DRAWS = 1, 2
 """Folded into the run's key, so that training and evaluation never share a draw."""
-
-
-FINISHED = "finished.json"
-"""In a run folder: the run of its config.yaml came to its end."""
 
 
 @dataclasses.dataclass

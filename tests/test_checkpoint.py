@@ -380,8 +380,14 @@ def test_fields_that_change_nothing_may_differ():
     current["evaluation"]["every"] = 7
     current["mesh"]["tensor"] = 2
     current["algorithm"]["microbatch_tokens"] = 1024
+    # What `rljax sft`, `rljax eval` and `rljax sample` read, and a meter beside the reward.
+    current["sft"]["steps"] = 9
+    current["eval"]["data"] = ("task:arithmetic",)
+    current["sample"]["top_k"] = 5
+    current["reward"]["hack_meter"] = False
     assert config_differences(saved, current) == []
     require_same_config(saved, current)
+    assert config_differences(saved, current, but=("sft",)) == ["sft.steps: 100 -> 9"]
 
 
 @pytest.mark.parametrize("aggregation", get_args(AlgorithmConfig.__annotations__["aggregation"]))

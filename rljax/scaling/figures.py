@@ -6,7 +6,7 @@ write_figures("runs/sweep/curves.csv", Path("figures"))
 import csv
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from rljax.config import ConfigError
 from rljax.scaling import plot
-from rljax.scaling.curves import ALIASES, AXES, Curve, read_curves
+from rljax.scaling.curves import ALIASES, AXES, MEASURES, Curve, read_held
 from rljax.scaling.fit import Solution, collect, parameters_of, solve
 from rljax.scaling.forms import FORMS
 from rljax.scaling.predict import PRESETS, Clip, clipped, split_largest, transfer
@@ -40,6 +40,8 @@ class Table:
     """(source, evaluation set) of its rows; "" where there is no such column."""
     varied: frozenset[str]
     """Of `curves.AXES`, those with more than one value."""
+    measures: frozenset[str]
+    """Of `curves.MEASURES`, those it holds any of."""
 
 
 def open_table(path: str | Path) -> Table:
@@ -57,7 +59,8 @@ def open_table(path: str | Path) -> Table:
         return [row[name] or "" if name else "" for row in rows]
 
     kinds = tuple(dict.fromkeys(zip(values("source"), values("eval"), strict=True)))
-    return Table(file, kinds, frozenset(axis for axis in AXES if len(set(values(axis))) > 1))
+    varied = frozenset(axis for axis in AXES if len(set(values(axis))) > 1)
+    return Table(file, kinds, varied, frozenset(measure for measure in MEASURES if any(values(measure))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +123,26 @@ def _figures(table: Table) -> dict[str, Figure]:
         sets = [evaluation for s, evaluation in table.kinds if s == source]
         suffix = f"-{source}" if source else ""
         for axis in sorted(table.varied, key=AXES.index):
-            main = {"source": source, "eval": sets[0]}
-            for kind, draw in _panels(table, main, axis):
-                found[f"{kind}{suffix}"] = Figure(((sets[0], draw),))
-            if len(sets) > 1:
-                found |= {f"{kind}{suffix}": figure for kind, figure in _grids(table, source, sets, axis)}
+            if table.measures != {"completion_tokens"}:
+                curves, held = read_varied(table, source, sets[0], axis)
+                for kind, draw in _panels(curves, source, axis):
+                    found[f"{kind}{suffix}"] = Figure(((_title(sets[0], held), draw),))
+                if len(sets) > 1:
+                    found |= {f"{kind}{suffix}": figure for kind, figure in _grids(table, source, sets, axis)}
+            if "completion_tokens" in table.measures:
+                curves, held = read_varied(table, source, sets[0], axis, "completion_tokens")
+                if len(curves) > 1:
+                    found[f"lengths_{axis}{suffix}"] = Figure(((_title(sets[0], held), _lengths(curves, axis)),))
     return found
+
+
+def _title(evaluation: str, held: Mapping[str, str]) -> str:
+    return ", ".join(filter(None, (evaluation, *(f"{column} {value}" for column, value in held.items()))))
 
 
 def _grids(table: Table, source: str, sets: Sequence[str], axis: str) -> Iterator[tuple[str, Figure]]:
     """Every evaluation set in an axes of its own."""
-    curves = {name: _read(table, {"source": source, "eval": name}, axis) for name in sets}
+    curves = {name: read_varied(table, source, name, axis)[0] for name in sets}
     yield (
         f"evals_{axis}",
         Figure(tuple((name, _smoothed(of, "samples", axis, in_grid=True)) for name, of in curves.items())),
@@ -139,14 +151,16 @@ def _grids(table: Table, source: str, sets: Sequence[str], axis: str) -> Iterato
         yield "evals_ends", Figure(tuple((name, _ends(of)) for name, of in curves.items()))
 
 
-def _read(table: Table, where: dict[str, str], axis: str) -> list[Curve]:
-    curves, _ = read_curves(table.path, where={name: value for name, value in where.items() if value}, by=axis)
-    return curves
+def read_varied(
+    table: Table, source: str, evaluation: str, axis: str, measure: str = "test_loss"
+) -> tuple[list[Curve], dict[str, str]]:
+    """Curves of one source on one evaluation set that differ by `axis` alone, and what else was held at which value."""
+    kind = {column: value for column, value in (("source", source), ("eval", evaluation)) if value}
+    return read_held(table.path, where=kind, by=axis, measure=measure)
 
 
-def _panels(table: Table, where: dict[str, str], axis: str) -> Iterator[tuple[str, Draw]]:
-    """(kind, what draws it) of one source on one evaluation set."""
-    curves = _read(table, where, axis)
+def _panels(curves: Sequence[Curve], source: str, axis: str) -> Iterator[tuple[str, Draw]]:
+    """(kind, what draws it) of the curves of one source on one evaluation set."""
     if len(curves) < 2:
         return
     for x in ("flops", "samples"):
@@ -158,7 +172,7 @@ def _panels(table: Table, where: dict[str, str], axis: str) -> Iterator[tuple[st
         if len(curves) < 3 or min(len(curve) for curve in curves) < 3:
             yield f"law_{x}", _law(curves, x, None)
             continue
-        intra, early = _early(curves, x, where["source"])
+        intra, early = _early(curves, x, source)
         inter, extended = _inter(curves, x)
         smaller = {curve.key: span(curve, x) for curve in curves[:-1]}
         yield f"law_{x}", _law(curves, x, _fitted(curves, x))
@@ -209,6 +223,10 @@ def _law(
 
 def _smoothed(curves: Sequence[Curve], x: str, axis: str, *, in_grid: bool = False) -> Draw:
     return lambda axes: plot.draw_smoothed(axes, curves, x, axis, in_grid=in_grid)
+
+
+def _lengths(curves: Sequence[Curve], axis: str) -> Draw:
+    return lambda axes: plot.draw_lengths(axes, curves, axis)
 
 
 def _ends(curves: Sequence[Curve]) -> Draw:

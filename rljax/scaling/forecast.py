@@ -7,7 +7,6 @@ With no bend it is the regression line of arXiv 2509.25300 with its prediction i
 with its own. Source of the method: Wahba 1978; Rasmussen and Williams 2006, chapters 2.7 and 6.3.
 """
 
-import csv
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rljax.config import ConfigError
+from rljax.scaling.runs import read_curve
 
 MIN_POINTS = 4
 """Two for the line, and two for the noise."""
@@ -125,14 +125,8 @@ def forecast_run(run_dir: str | Path, num_steps: int) -> Forecast | None:
 
     None before `MIN_POINTS` evaluations, and where the end has been evaluated.
     """
-    file = Path(run_dir) / "curves.csv"
-    if not file.is_file():
-        return None
-    points: dict[int, float] = {}
-    with file.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            points[int(row["step"])] = float(row["test_loss"])
-    points = {step: loss for step, loss in sorted(points.items()) if step > 0 and math.isfinite(loss)}
+    rows = {int(row["step"]): float(row["test_loss"]) for row in read_curve(run_dir)}
+    points = {step: loss for step, loss in sorted(rows.items()) if step > 0 and math.isfinite(loss)}
     if len(points) < MIN_POINTS or max(points) >= num_steps:
         return None
     return forecast(list(points), list(points.values()), num_steps)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rljax.config import ConfigError, RunConfig
-from rljax.config_file import config_of, read_yaml
+from rljax.config_file import config_of, dotted, read_yaml
 
 SHORT = {
     "size": "model.architecture",
@@ -205,7 +205,7 @@ def _start(
 ) -> WarmStart:
     """The warm start of a run: of what is the same for its size, whatever else the run varies."""
     followed = [
-        (choice, {key: value for key, value in _dotted(choice.settings).items() if _is_under(key, _START_AXES)})
+        (choice, {key: value for key, value in dotted(choice.settings).items() if _is_under(key, _START_AXES)})
         for choice in choices
     ]
     name = "_".join(choice.part for choice, settings in followed if settings) or "start"
@@ -213,13 +213,6 @@ def _start(
     ours = {"run_dir": str(whole), "sft.output": f"{whole}.partial"}
     trees = [*base, *((settings, where) for _, settings in followed), (warm, where), (ours, "")]
     return WarmStart(name, config_of(trees), whole)
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _is_under(key: str, sections: Sequence[str]) -> bool:

@@ -1,9 +1,15 @@
 """How sure a fit is: the same fit on curves drawn again, from blocks of steps or from whole runs.
 
 `steps`: the law plus its residuals, drawn in blocks of neighbouring steps within each curve (moving-block bootstrap,
-Künsch 1989), which keeps how noise hangs together along a run but cannot see what shifts a whole run. `runs`: for each
-size as many of its runs as there are, with replacement; the deviation from their mean is widened by sqrt(R / (R - 1)),
-without which three runs would show two thirds of the variance (Rao and Wu 1988).
+Künsch 1989), which keeps how noise hangs together along a run but cannot see what shifts a whole run.
+
+`runs`: three runs say little of what shifts a whole run, so that is learnt from the runs of all sizes. The deviation of
+each run from its size's mean, along the whole run, is put in units of the noise of that size's evaluations, which
+neighbouring steps show well, and widened by sqrt(R / (R - 1)), without which R deviations from their own mean show
+(R - 1) / R of the variance. A size's mean is drawn anew from as many of all these as it has runs (Davison and Hinkley,
+Bootstrap Methods and their Application, 1997, section 3.2: standardised residuals, pooled). What they say of the spread
+is d = sum of R - 1 degrees of freedom, so each draw is stretched by the root of d over a chi-squared variate of d: what
+was normal becomes Student's t of d (Gelman et al., Bayesian Data Analysis, section 3.2).
 """
 
 import dataclasses
@@ -122,14 +128,45 @@ def _blocks(values: np.ndarray, length: int, rng: np.random.Generator) -> np.nda
 
 def _runs(data: Data) -> Draw:
     """Draws of means over runs, [n]."""
+    means = [np.nanmean(runs, axis=0) for runs in data.runs]
+    units, standard = _standardised(data)
+    pools = [np.concatenate([_as_long_as(one, mean.size) for one in standard]) for mean in means]
+    degrees = sum(len(runs) - 1 for runs in data.runs)
 
-    def one(runs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        count = len(runs)
-        chosen = runs[rng.integers(0, count, count)]
-        there = np.isfinite(chosen)
-        counts, mean = there.sum(axis=0), np.nanmean(runs, axis=0)
-        drawn = np.where(there, chosen, 0.0).sum(axis=0) / np.maximum(counts, 1)
-        # Where no drawn run was evaluated, the mean stands.
-        return mean + math.sqrt(count / (count - 1)) * np.where(counts, drawn - mean, 0.0)
+    def one(curve: int, rng: np.random.Generator) -> np.ndarray:
+        """The drawn deviation of a curve's mean."""
+        runs, pool = data.runs[curve], pools[curve]
+        chosen = pool[rng.integers(0, len(pool), len(runs))]
+        # A drawn run stands for one that may have stopped early; where none says anything, the mean stands.
+        there = np.isfinite(chosen) & np.isfinite(runs)
+        return units[curve] * np.where(there, chosen, 0.0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
 
-    return lambda rng: np.concatenate([one(runs, rng) for runs in data.runs])
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        stretch = math.sqrt(degrees / rng.chisquare(degrees))
+        return np.concatenate([mean + stretch * one(curve, rng) for curve, mean in enumerate(means)])
+
+    return draw
+
+
+def spreads_of_runs(data: Data) -> np.ndarray:
+    """[m] how far the runs of each curve are apart, in units of its evaluations' noise; NaN of a curve with one run."""
+    _, standard = _standardised(data)
+    return np.array([np.sqrt(np.nanmean(one**2)) if np.isfinite(one).any() else np.nan for one in standard])
+
+
+def _standardised(data: Data) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The noise of an evaluation of each curve [m], and in units of it the deviations of its runs [R, n], widened; NaN
+    where there are not two."""
+    counts = [np.isfinite(runs).sum(axis=0) for runs in data.runs]
+    widened = [np.sqrt(count / np.where(count > 1, count - 1, np.nan)) for count in counts]
+    deviations = [(runs - np.nanmean(runs, axis=0)) * wide for runs, wide in zip(data.runs, widened, strict=True)]
+    jumps = [np.diff(one, axis=1) for one in deviations]
+    noise = np.array([math.sqrt(np.nanmean(one**2) / 2) if np.isfinite(one).any() else 0.0 for one in jumps])
+    usual = math.sqrt(np.mean(noise[noise > 0] ** 2)) if (noise > 0).any() else 1.0
+    noise = np.where(noise > usual / 10, noise, usual)  # of one point, or of runs that happen to agree: as the others
+    return noise, [one / unit for one, unit in zip(deviations, noise, strict=True)]
+
+
+def _as_long_as(values: np.ndarray, length: int) -> np.ndarray:
+    """[R, m] -> [R, length]: at the same share of the way along."""
+    return values[:, np.linspace(0, values.shape[1] - 1, length).round().astype(int)]

@@ -132,7 +132,7 @@ def draw_law(
     if spans is not None:
         handles += [*axes.plot([], [], color="#555555"), *axes.plot([], [], color="#555555", linestyle="--")]
         labels += ["Fitted", "Extrapolated"]
-    legend = axes.legend(handles, labels, title=style.legend, loc="lower left", ncols=1 + len(labels) // 8)
+    legend = axes.legend(handles, labels, title=style.legend, loc="best", ncols=1 + len(labels) // 8)
     for handle in legend.legend_handles:
         handle.set_alpha(1)
 
@@ -151,7 +151,23 @@ def draw_smoothed(axes: Any, curves: Sequence[Curve], x: str, axis: str, *, in_g
     if in_grid:
         axes.set_yscale("linear")
     else:
-        axes.legend(title=style.legend, loc="lower left")
+        axes.legend(title=style.legend, loc="best")
+
+
+def draw_lengths(axes: Any, curves: Sequence[Curve], axis: str) -> None:
+    """Mean completion length over data, raw and smoothed; curves of `completion_tokens`."""
+    style = style_of(axis, [curve.key for curve in curves])
+    x = "samples" if all(len(positive(curve, "samples")[0]) for curve in curves) else "step"
+    for i, curve in enumerate(curves):
+        colour = style.colour(curve.key, i / max(len(curves) - 1, 1))
+        resource, tokens = positive(curve, x)
+        axes.scatter(resource, tokens, s=15, alpha=0.3, color=colour, linewidths=0)
+        line = smooth(resource, tokens, monotone=False)
+        axes.plot(resource, line, color=colour, linewidth=2, label=style.name(curve.key))
+    log_x(axes)
+    axes.set_xlabel(LABELS[x])
+    axes.set_ylabel("Response Length")
+    axes.legend(title=style.legend, ncols=1 + len(curves) // 5)
 
 
 def draw_slopes(axes: Any, laws: Mapping[str, tuple[float, float]], sizes: Sequence[float], largest: float) -> None:
@@ -167,7 +183,7 @@ def draw_slopes(axes: Any, laws: Mapping[str, tuple[float, float]], sizes: Seque
         axes.scatter(at, k_max * at / (at + n0), color=colour, s=25, label=name, zorder=3)
         if name == "inter" and largest:
             axes.scatter([largest], [k_max * largest / (largest + n0)], color=colour, marker="D", s=45, zorder=3)
-    axes.set_xscale("log")
+    log_x(axes)
     axes.set_xlabel("Parameters")
     axes.set_ylabel("K(N)")
     axes.legend()
@@ -184,7 +200,7 @@ def draw_ends(axes: Any, curves: Sequence[Curve], points: int = 10) -> None:
     axes.plot(sizes, first, "s--", color=BEFORE, markerfacecolor="none", label="first")
     axes.plot(sizes, last, "o-", color=AFTER, label="last")
     axes.fill_between(sizes, last, first, alpha=0.2, color=AFTER)
-    axes.set_xscale("log")
+    log_x(axes)
     axes.set_xlabel("Parameters")
     axes.set_ylabel("Test Loss")
     axes.legend()
@@ -217,7 +233,7 @@ def positive(curve: Curve, x: str) -> tuple[np.ndarray, np.ndarray]:
     return curve.x[x][there][order], curve.loss[there][order]
 
 
-def smooth(x: np.ndarray, loss: np.ndarray) -> np.ndarray:
+def smooth(x: np.ndarray, loss: np.ndarray, *, monotone: bool = True) -> np.ndarray:
     """A decorative line in the paper's manner: a cubic spline in log x, as smooth as the noise allows, then made
     monotone, whichever way fits better. The noise is that of neighbouring points; curves of fewer than eight are
     returned as they are."""
@@ -230,15 +246,28 @@ def smooth(x: np.ndarray, loss: np.ndarray) -> np.ndarray:
     mean = np.bincount(places, loss) / np.bincount(places)
     noise = max(float(np.std(np.diff(mean))) / 2**0.5, 1e-3)
     spline = UnivariateSpline(log_x, mean, w=np.full(len(mean), 1 / noise), k=3, s=1.2 * len(mean))
+    if not monotone:
+        return np.asarray(spline(log_x))[places]
     both = (isotonic_regression(spline(log_x), increasing=up).x for up in (False, True))
     return min(both, key=lambda line: float(np.sum((line - mean) ** 2)))[places]
+
+
+def log_x(axes: Any) -> None:
+    """A logarithmic axis of what has been drawn, with labels at 1, 2 and 5 where decades alone are too few."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 30 else (1.0,)))
+    axes.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def log_log(axes: Any, x: str, losses: Sequence[np.ndarray]) -> None:
     """Logarithmic axes whose loss is written in plain numbers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    axes.set_xscale("log")
+    log_x(axes)
     axes.set_yscale("log")
     values = np.concatenate([loss[loss > 0] for loss in losses] or [np.ones(1)])
     low, high = float(values.min()), float(values.max())

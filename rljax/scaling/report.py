@@ -4,7 +4,6 @@ The page is read on a phone as well as on a desk, in light or dark as the reader
 hostile text: everything is escaped, and the page's own policy forbids scripts and requests.
 """
 
-import csv
 import dataclasses
 import json
 import math
@@ -14,6 +13,7 @@ from typing import Any
 
 from rljax.config import ConfigError
 from rljax.scaling.page import document, escape, section, table
+from rljax.scaling.runs import read_curve
 
 Point = tuple[float, float]
 
@@ -75,14 +75,13 @@ def read_run(folder: Path) -> Run:
     """The files of a run folder; a half-written last line is skipped."""
     metrics = _read_jsonl(folder / "metrics.jsonl")
     pass_at_1: dict[str, list[Point]] = {}
-    if (folder / "curves.csv").is_file():
-        with (folder / "curves.csv").open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                try:
-                    point = (int(row["step"]), 1 - float(row["test_loss"]))
-                except (TypeError, ValueError):
-                    continue
-                pass_at_1.setdefault(row.get("eval") or "held-out", []).append(point)
+    if rows := read_curve(folder):
+        for row in rows:
+            try:
+                point = (int(row["step"]), 1 - float(row["test_loss"]))
+            except (TypeError, ValueError):
+                continue
+            pass_at_1.setdefault(row.get("eval") or "held-out", []).append(point)
     elif evaluated := [(row["step"], row["eval/pass@1"]) for row in metrics if row.get("eval/pass@1") is not None]:
         pass_at_1["held-out"] = evaluated
     files = sorted((folder / "rollouts").glob("step_*.jsonl"))
@@ -136,6 +135,7 @@ def _headline(run: Run) -> str:
             tiles.append((label, f"{after:.3f}", f"step {step:.0f}, the only evaluation"))
         else:
             tiles.append((label, f"{before:.3f} → {after:.3f}", f"{after - before:+.3f} by step {step:.0f}"))
+    tiles += _forecast_tile(run)
     if run.metrics:
         tiles.append(("steps", f"{run.metrics[-1]['step']:,}", ""))
     for label, metric, form in (
@@ -153,6 +153,26 @@ def _headline(run: Run) -> str:
         for label, value, note in tiles
     )
     return f'<div class="tiles">{"".join(cells)}</div>\n'
+
+
+def _forecast_tile(run: Run) -> list[tuple[str, str, str]]:
+    """None once the last step has been evaluated: a run forecasts after every evaluation but that one."""
+    newest = max((points[-1][0] for points in run.pass_at_1.values()), default=-1)
+    made = _forecasts(run)
+    if not made or made["median"][-1][0] != newest:
+        return []
+    median, low, high = (made[name][-1][1] for name in ("median", "low", "high"))
+    return [("pass@1 at the end, forecast", f"{median:.3f}", f"95 %: {low:.3f} to {high:.3f}")]
+
+
+def _forecasts(run: Run) -> dict[str, list[Point]]:
+    """pass@1 at the end of the run as it was forecast after each evaluation: the median, and the 95 % interval."""
+    names = {"median": "", "low": "_high", "high": "_low"}  # a high loss is a low pass@1
+    found = {}
+    for name, end in names.items():
+        points = run.series(f"forecast/final_test_loss{end}")
+        found[name] = [(step, 1 - loss) for step, loss in points if math.isfinite(loss)]
+    return found if all(found.values()) else {}
 
 
 def _seconds(run: Run) -> dict[str, float]:
@@ -225,6 +245,8 @@ _MOST_POINTS = 600
 def _charts(run: Run) -> Iterable[str]:
     if run.pass_at_1:
         yield chart("pass@1", run.pass_at_1)
+    if forecasts := _forecasts(run):
+        yield chart("pass@1 at the end, forecast", forecasts)
     for title, metric in CHARTS:
         points = run.series(metric)
         if any(math.isfinite(value) for _, value in points):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rljax.config import ConfigError
-from rljax.scaling.curves import Curve
+from rljax.scaling.curves import AXES, Curve
 from rljax.scaling.fit import (
     Data,
     Solution,
@@ -25,15 +25,18 @@ from rljax.scaling.fit import (
     solve,
 )
 from rljax.scaling.forms import FORMS
-from rljax.scaling.intervals import Draws, bootstrap, interval
+from rljax.scaling.intervals import Draws, bootstrap, interval, spreads_of_runs
 from rljax.scaling.predict import Transfer, score
 
 FIELDS = ("form", "x", "params", "intervals", "r2", "r2_baseline", "per_curve", "warnings")
 """Of fit.json, all of them."""
 
-FEW_RUNS = 5
-"""A spread over fewer runs is itself too uncertain for percentiles: of three runs, `benchmarks/fits.py --noise runs`
-finds 84 of 100 intervals of one size's loss to hold the truth, and 90 or more of k_max and N0, which pool the sizes."""
+EXTENT = ("x_min", "x_max", "samples_per_step", "flops_per_sample")
+"""Of an entry of per_curve, what advice reads beside the law."""
+
+UNLIKE_SPREADS = 3.0
+"""Times as far apart as those of the others: the runs of one size that intervals over runs, which take one spread for
+all, do not fit. Chance alone takes three runs of one of seven sizes there in 3 of 100 cases (F of 2 and 12)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,11 +256,8 @@ def warnings_of(fit: Fit) -> list[str]:
         found += _n0_warnings(fit)
     if fit.form.startswith("loglinear_kn") and len(sizes) == 2:
         found.append("two sizes give two slopes, and k_max and N0 are two parameters: nothing checks the law")
-    fewest = min(len(curve.runs) for curve in fit.curves)
-    if fit.draws is not None and fit.draws.over == "runs" and fewest < FEW_RUNS:
-        found.append(
-            f"intervals come from {fewest} runs of a size: with so few, those of one size's E and loss are too narrow"
-        )
+    if fit.draws is not None and fit.draws.over == "runs":
+        found += _spread_warnings(fit)
     baseline = constant_baseline(fit.data)
     if fit.r2 <= baseline:
         found.append(f"R² {fit.r2:.4f} is no better than that of a constant per curve, {baseline:.4f}")
@@ -271,6 +271,19 @@ def warnings_of(fit: Fit) -> list[str]:
     ]
     if uneven:
         found.append(f"the number of runs differs along the curve at {fit.by} {', '.join(uneven)}")
+    return found
+
+
+def _spread_warnings(fit: Fit) -> list[str]:
+    """Sizes whose runs are further apart than intervals over runs, which take one spread for all, allow for."""
+    spreads, found = spreads_of_runs(fit.data), []
+    for i, curve in enumerate(fit.curves):
+        others = np.sqrt(np.mean(np.delete(spreads, i) ** 2)) if len(spreads) > 1 else math.inf
+        if spreads[i] > UNLIKE_SPREADS * others:
+            found.append(
+                f"the runs of {fit.by} {size_name(curve.key)} are more than {UNLIKE_SPREADS:g} times as far apart as "
+                "those of the others: its intervals are too narrow, and the others' too wide"
+            )
     return found
 
 
@@ -311,18 +324,24 @@ def load_fit(path: str | Path) -> Saved:
       ConfigError: the file is not there or is no fit.json.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [name for name in FIELDS if name not in raw]
-    except (OSError, ValueError, TypeError) as error:
+        return _saved(str(path), json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, LookupError) as error:  # whatever is wrong with it, it is no fit of ours
         raise ConfigError(
-            f"{path} cannot be read as a fit ({type(error).__name__}); give the fit.json of `rljax fit`"
+            f"{path} cannot be read as a fit ({type(error).__name__}: {error}); give the fit.json of `rljax fit`"
         ) from None
-    if missing or raw["form"] not in FORMS:
-        raise ConfigError(f"{path} has no {', '.join(missing) or 'known form'}; give the fit.json of `rljax fit`")
+
+
+def _saved(path: str, raw: dict[str, Any]) -> Saved:
+    if missing := [name for name in FIELDS if name not in raw]:
+        raise LookupError(f"it has no {', '.join(missing)}")
+    if raw["form"] not in FORMS:
+        raise LookupError(f"its form is {raw['form']!r}, none of {', '.join(FORMS)}")
     form = FORMS[raw["form"]]
     curves = [entry for entry in raw["per_curve"] if entry["role"] == "fitted"]
-    by = next(iter(curves[0]))
-    size = np.array([entry[by] for entry in curves])
+    if not all(name in entry for entry in curves for name in EXTENT):
+        raise LookupError(f"a fitted curve lacks one of {', '.join(EXTENT)}")
+    (by,) = [axis for axis in AXES if axis in curves[0]]
+    size = np.array([entry[by] for entry in curves], float)
     theta = []
     for parameter, curve in layout(form, len(size)):
         value = raw["params"][parameter.name]
@@ -332,7 +351,12 @@ def load_fit(path: str | Path) -> Saved:
     if form.scale:
         scale = np.array([raw["params"][form.scale][size_name(n)] for n in size], float)
         scale = 10.0**scale if form.scale == "e" else scale
-    solution = Solution(form, size, np.array(theta), scale, math.nan, ())
-    kept = raw["intervals"].get("draws")
-    draws = kept and Draws(solution, np.array(kept["theta"]), np.array(kept["scale"]), raw["intervals"]["over"])
-    return Saved(str(path), raw["form"], raw["x"], by, curves, solution, draws, raw["intervals"].get("level", 0.95))
+    solution = Solution(form, size, np.array(theta, float), scale, math.nan, ())
+    kept, intervals = None, raw["intervals"]
+    if "draws" in intervals:
+        thetas, scales = (np.array(intervals["draws"][name], float) for name in ("theta", "scale"))
+        if thetas.shape[1:] != solution.theta.shape or scales.shape != (len(thetas), len(size)):
+            raise ValueError(f"its draws are {thetas.shape} and {scales.shape}")
+        kept = Draws(solution, thetas, scales, intervals["over"])
+    level = float(intervals["level"]) if "level" in intervals else 0.95
+    return Saved(path, raw["form"], raw["x"], by, curves, solution, kept, level)

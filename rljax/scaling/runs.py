@@ -1,5 +1,6 @@
 """Run folders as a sweep sees them: how far each is, and their curves as one table."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rljax.config import RunConfig
+from rljax.config import FINISHED, RunConfig
 from rljax.config_file import config_differences, read_yaml
 
 State = Literal["waiting", "begun", "finished"]
@@ -22,18 +23,18 @@ def state_of(config: RunConfig) -> tuple[State, list[str]]:
     that ended under settings which may change, such as fewer `steps`, has begun: `rljax train` knows how to go on.
     """
     folder = Path(config.run_dir)
-    is_finished = (folder / "finished.json").is_file()
+    is_finished = (folder / FINISHED).is_file()
     has_checkpoint = any(step.name.isdigit() for step in (folder / "checkpoints").glob("*"))
     if not is_finished and not has_checkpoint:
         return "waiting", []
-    saved, now = read_yaml(folder / "config.yaml"), _plain(config)
+    saved, now = read_yaml(folder / "config.yaml"), plain(config)
     differences = config_differences(saved, now)
     for side in (saved, now):
         side["model"]["remat"] = "auto"  # a run notes its choice
     return "finished" if is_finished and saved == now else "begun", differences
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Any]:
     """As its YAML is read: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
@@ -89,6 +90,8 @@ def read_curve(run_dir: str | Path) -> list[dict[str, str]]:
 def merge_curves(file: Path, runs: Sequence[tuple[str, Mapping[str, str]]]) -> int:
     """Writes the curves of several runs as one table, whole or not at all; returns the number of its rows.
 
+    Rows of a step that trained also say how long its completions were, `completion_tokens`.
+
     Args:
       file: replaced where it exists; without any row, left as it is.
       runs: folder of each, and the columns that its rows get beside their own: its value on each axis of a sweep. A
@@ -96,7 +99,10 @@ def merge_curves(file: Path, runs: Sequence[tuple[str, Mapping[str, str]]]) -> i
     """
     rows: list[dict[str, str]] = []
     for folder, labels in runs:
-        rows += [dict(labels) | row for row in read_curve(folder)]
+        lengths = _lengths(folder)
+        for row in read_curve(folder):
+            measured = {"completion_tokens": lengths.get(row["step"], "")} if lengths else {}
+            rows.append(dict(labels) | row | measured)
     if not rows:
         return 0
     written = list(dict.fromkeys(name for row in rows for name in row))
@@ -111,3 +117,15 @@ def merge_curves(file: Path, runs: Sequence[tuple[str, Mapping[str, str]]]) -> i
     partial.write_text(text.getvalue(), encoding="utf-8", newline="")
     os.replace(partial, file)
     return len(rows)
+
+
+def _lengths(run_dir: str | Path) -> dict[str, str]:
+    """Mean completion length by step, both as text, from a run's metrics.jsonl."""
+    file = Path(run_dir) / "metrics.jsonl"
+    found: dict[str, str] = {}
+    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
+        with contextlib.suppress(ValueError):  # the line a killed process was writing
+            row = json.loads(line)
+            if row.get("completion/length_tokens") is not None:
+                found[str(row["step"])] = f"{row['completion/length_tokens']:.6g}"
+    return found

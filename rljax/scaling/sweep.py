@@ -6,7 +6,6 @@ finished runs are skipped, one that has begun resumes from its checkpoint, and a
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shlex
@@ -22,7 +21,7 @@ from typing import Any, Literal
 from rljax.config import ConfigError, RunConfig
 from rljax.config_file import config_differences, dump_config, read_yaml
 from rljax.scaling.grid import PlannedRun, Sweep, WarmStart
-from rljax.scaling.runs import Progress, merge_curves, progress_of, state_of
+from rljax.scaling.runs import Progress, merge_curves, plain, progress_of, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +29,18 @@ TAIL_LINES = 15
 """Of what a failed command said, shown at the end."""
 _GRACE_SECONDS = 30.0
 """For an interrupted run to end by itself."""
+
+_BOUND = """
+import ctypes, os, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv.pop(1)):  # it ended before that
+    sys.exit(1)
+runpy.run_module("rljax.cli", run_name="__main__", alter_sys=True)
+"""
+"""`python -m rljax.cli`, killed by the kernel when the sweep ends: in a session of its own, the run would outlive a
+sweep that was killed, and hold its folder. Not a preexec_fn: with it Python really forks, and threads do not survive
+that."""
 
 _LOCK_SECONDS = 5.0
 """For the run of a sweep that was just killed to be gone."""
@@ -91,7 +102,7 @@ def _start_changes(start: WarmStart) -> list[str]:
     kept = _config_file(start)
     if not start.folder.is_dir() or not kept.is_file():
         return []
-    lines = config_differences(read_yaml(kept), json.loads(json.dumps(dataclasses.asdict(start.config))))
+    lines = config_differences(read_yaml(kept), plain(start.config), but=("sft",))
 
     def is_under(line: str, names: tuple[str, ...]) -> bool:
         return line.startswith(tuple(f"{name}{mark}" for name in names for mark in ".:"))
@@ -213,12 +224,14 @@ def _execute(name: str, arguments: list[str], log: Path, lock: int, tick: Callab
     started = time.perf_counter()
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rljax.cli", *arguments],
+            [sys.executable, "-c", _BOUND, str(os.getpid()), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            # Held by the run as well: should the sweep be killed alone, no second one starts the same run beside it.
+            # Held by the run as well: until it has ended too, no second sweep starts the same run beside it.
             pass_fds=(lock,),
+            # Ctrl-C reaches every process of the terminal's foreground; the run is to hear of it once, from `_stop`.
+            start_new_session=True,
         )
         try:
             code = _wait(process, tick)
@@ -243,13 +256,14 @@ def _wait(process: "subprocess.Popen[bytes]", tick: Callable[[], None]) -> int:
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Interrupts a command, and ends it if that is not enough."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+    """Interrupts a command, and ends it if that is not enough or Ctrl-C comes again."""
+    process.send_signal(signal.SIGINT)
     try:
         process.wait(timeout=_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        logger.warning("what was running did not end within %.0f s of its interruption: killed", _GRACE_SECONDS)
+    finally:
+        process.kill()  # nothing, where it has ended
         process.wait()
 
 
@@ -285,13 +299,18 @@ def _only_one(folder: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C, so that the run is stopped too."""
+    """SIGTERM, and SIGHUP of a terminal that closes, are as Ctrl-C, so that the run is stopped too."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in signals}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

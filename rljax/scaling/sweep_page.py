@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rljax.config import ConfigError
-from rljax.scaling.curves import AXES, read_curves
-from rljax.scaling.figures import LAW, Table, open_table, write_figures
+from rljax.scaling.curves import AXES
+from rljax.scaling.figures import LAW, Table, open_table, read_varied, write_figures
 from rljax.scaling.page import document, escape, section, table
-from rljax.scaling.plot import LABELS
+from rljax.scaling.plot import LABELS, style_of
 from rljax.scaling.report import completions, read_run
 from rljax.scaling.result import fit_curves, fit_json
 
@@ -27,6 +27,7 @@ TITLES = {
     "slopes": "Slope K(N)",
     "repeats": "Data reuse",
     "group_size": "Completions per prompt",
+    "lengths": "Response length, tokens",
     "evals_ends": "Evaluation sets, the first ten evaluations and the last ten",
     "evals": "Evaluation sets",
 }
@@ -72,31 +73,32 @@ def write_sweep_report(
 def _laws(held: Table) -> Iterable[str]:
     """Of each source, the law over compute and over data on its first evaluation set, with intervals and warnings."""
     rows, warnings = [], []
-    for source in dict.fromkeys(source for source, _ in held.kinds) if "num_params" in held.varied else ():
+    fits = "num_params" in held.varied and "test_loss" in held.measures
+    for source in dict.fromkeys(source for source, _ in held.kinds) if fits else ():
         evaluation = next(name for s, name in held.kinds if s == source)
-        where = {column: value for column, value in (("source", source), ("eval", evaluation)) if value}
-        curves, _ = read_curves(held.path, where=where)
+        curves, _ = read_varied(held, source, evaluation, "num_params")
         for x in ("flops", "samples"):
             if len(curves) < 3 or not all((curve.x[x] > 0).all() for curve in curves):
                 continue
             found = fit_json(fit_curves(curves, form=LAW, x=x, draws=DRAWS))
             name = " ".join(filter(None, (source, evaluation, x)))
+            sizes = style_of("num_params", [curve.key for curve in curves])
             params, intervals = found["params"], found["intervals"]
             rows.append((
                 name,
-                _with_interval(params["k_max"], intervals["k_max"], 1.0),
-                _with_interval(params["n0"], intervals["n0"], 1e9),
+                _with_interval(params["k_max"], intervals["k_max"]),
+                _with_interval(params["n0"], intervals["n0"], sizes.unit, sizes.suffix),
                 f"{found['r2']:.4f}",
                 f"{found['r2_baseline']:.4f}",
             ))  # fmt: skip
             warnings += [f"{name}: {warning}" for warning in found["warnings"]]
     if rows:
-        yield table(("", "K_max", "N0, 1e9", "R²", "R² of a constant per size"), rows)
+        yield table(("", "K_max", "N0", "R²", "R² of a constant per size"), rows)
         yield "".join(f"<p>{escape(warning)}</p>" for warning in warnings)
 
 
-def _with_interval(value: float, ends: Sequence[float], unit: float) -> str:
-    return f"{value / unit:.4g} ({ends[0] / unit:.4g} to {ends[1] / unit:.4g})"
+def _with_interval(value: float, ends: Sequence[float], unit: float = 1.0, suffix: str = "") -> str:
+    return f"{value / unit:.4g}{suffix} ({ends[0] / unit:.4g} to {ends[1] / unit:.4g})"
 
 
 def _image(file: Path) -> str:
@@ -123,15 +125,18 @@ def _runs(path: Path) -> str:
         last[tuple(row[name] for name in names)] = row
     differ = [name for name in names if name in ("run", *AXES) or len({row[name] for row in rows}) > 1]
     columns = [*differ, *(name for name in COST_COLUMNS if name in rows[0])]
-    return table(columns, [[_short(row[name]) for name in columns] for row in last.values()])
+    return table(columns, [[_cell(name, row[name] or "") for name in columns] for row in last.values()])
 
 
-def _short(text: str) -> str:
+def _cell(column: str, text: str) -> str:
+    """A number in few digits; what is a name stays as it is, though it may look like a number."""
+    if column not in (*AXES, *COST_COLUMNS):
+        return text
     try:
         value = float(text)
     except ValueError:
         return text
-    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e7 else f"{value:.4g}"
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _completions(sweep: Path) -> Iterable[str]:

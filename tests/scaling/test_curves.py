@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rljax.config import ConfigError
-from rljax.scaling.curves import read_curves
+from rljax.metrics import CURVE_COLUMNS
+from rljax.scaling.curves import MEASURED, read_curves
 
 OURS = "run,source,num_params,step,samples,flops,tokens,test_loss,unique,repeats,group_size,eval,seed\n"
 
@@ -92,6 +93,59 @@ def test_several_files_are_one_table(tmp_path) -> None:
     head = "num_params,step,test_loss\n"
     files = [table(tmp_path, head + "1e6,1,0.9\n", "a.csv"), table(tmp_path, head + "2e6,1,0.8\n", "b.csv")]
     assert len(read_curves(files)[0]) == 2
+
+
+SWEEP = "run,num_params,step,test_loss,repeats,unique,group_size,order,seed,data.seed,num_total_params,lr\n"
+
+
+def swept(*runs: str) -> str:
+    """A table of runs of one step each: 0.9, 0.8, ..."""
+    rows = [f"r{i},1e6,1,{0.9 - 0.1 * i:g},{run}\n" for i, run in enumerate(runs)]
+    return SWEEP + "".join(rows)
+
+
+def test_runs_that_differ_in_seeds_alone_are_averaged(tmp_path) -> None:
+    (curve,), _ = read_curves(table(tmp_path, swept("1,64,8,file,0,0,9,1e-4", "1,64,8,file,1,7,9,1e-4")))
+    assert (len(curve.runs), curve.loss.tolist()) == (2, pytest.approx([0.85]))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("1,64,8,shuffle,1,0,9,1e-4", r"mixes order file, shuffle at num_params 1e\+06; choose .* --where order=file"),
+        ("1,32,8,file,1,0,9,1e-4", "mixes unique 32, 64 .* --where unique=32$"),
+        ("1,64,8,file,1,0,9,3e-4", "mixes lr 1e-4, 3e-4 .* --where lr=1e-4, or leave the column out if it"),
+        ("1,64,8,file,1,0,9,", r"mixes lr \(empty\), 1e-4 .* --where lr=1e-4"),
+        ("1,64,8,file,1,0,8,1e-4", "mixes num_total_params 8, 9"),
+        ("2,64,8,shuffle,1,0,9,1e-4", "mixes repeats 1, 2 .* --by repeats"),  # what we know best first
+    ],
+)
+def test_runs_of_other_settings_are_not_averaged(tmp_path, other, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_curves(table(tmp_path, swept("1,64,8,file,0,0,9,1e-4", other)))
+
+
+@pytest.mark.parametrize(
+    "where", [{"order": "shuffle"}, {"unique": "3.2e1"}, {"lr": "0.0003"}, {"run": "r1"}, {"num_total_params": "8"}]
+)
+def test_any_column_of_the_table_chooses(tmp_path, where) -> None:
+    (curve,), _ = read_curves(
+        table(tmp_path, swept("1,64,8,file,0,0,9,1e-4", "1,32,8,shuffle,1,0,8,3e-4")), where=where
+    )
+    assert curve.loss.tolist() == [0.8]
+
+
+def test_the_papers_columns_choose_by_their_own_names(tmp_path) -> None:
+    text = "source,tau,step,loss\nbase,1,10,0.76\nbase,25,10,0.77\n"
+    (curve,), _ = read_curves(table(tmp_path, text), by="repeats", where={"tau": "25"})
+    assert curve.key == 25
+
+
+def test_every_column_of_a_run_is_measured_or_a_setting_on_purpose() -> None:
+    """A new column of curves.csv must be put on one side or the other."""
+    size = {"num_params", "num_non_embedding_params", "num_total_params"}
+    settings = size | {"unique", "repeats", "group_size", "order"}
+    assert set(CURVE_COLUMNS) - MEASURED == settings | {"run", "source", "eval", "seed"}
 
 
 @pytest.mark.parametrize(

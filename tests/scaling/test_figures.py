@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 from rljax.config import ConfigError
 from rljax.scaling import plot
 from rljax.scaling.curves import Curve, read_curves
-from rljax.scaling.figures import write_figures
+from rljax.scaling.figures import open_table, read_varied, write_figures
 
 SIZES = (5e8, 1.5e9, 3e9, 7e9, 14e9)
 
@@ -48,12 +48,88 @@ def test_a_sweep_over_sizes_has_every_figure_of_the_paper_it_has_data_for(table:
     assert names(write_figures(table, tmp_path / "f")) == {f"{kind}-base" for kind in kinds}
 
 
+@pytest.fixture
+def ladder(tmp_path: Path) -> Path:
+    """As the shipped ladder: sizes in two seeds; at one of them, reuse, group sizes and the other order."""
+    rng = np.random.default_rng(0)
+    runs = [(size, 1, 2400, 8, "shuffle", seed) for size in SIZES for seed in (0, 1)]
+    runs += [(SIZES[2], tau, 2400 // tau, 8, "shuffle", 0) for tau in (2, 5)]
+    runs += [(SIZES[2], 1, 2400, group, "shuffle", 0) for group in (4, 16)]
+    runs.append((SIZES[2], 1, 2400, 8, "curriculum", 0))
+    lines = ["run,size,tau,source,eval,num_params,step,samples,flops,test_loss,repeats,unique,group_size,order,seed"]
+    for number, (size, tau, unique, group, order, seed) in enumerate(runs):
+        for step in range(1, 31):
+            # What each axis does is far above the noise: a mean over another would show.
+            shift = 0.02 * (tau - 1) - 0.01 * (group - 8) + 0.3 * (order == "curriculum")
+            loss = law(size, np.array(512.0 * step)) * (1 - shift) + rng.normal(0, 1e-4)
+            row = (
+                f"r{number}",
+                f"{size:g}",
+                tau,
+                "rljax",
+                "task",
+                size,
+                step,
+                512 * step,
+                6 * size * 4e6 * step * group,
+            )
+            lines.append(",".join(map(str, (*row, loss, tau, unique, group, order, seed))))
+    path = tmp_path / "ladder.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_what_else_a_sweep_varies_is_held_in_each_figure(ladder: Path, tmp_path: Path) -> None:
+    kinds = {f"{kind}_{x}" for kind in ("law", "inter", "intra", "slopes") for x in ("flops", "samples")} | {
+        "intervals"
+    }
+    kinds |= {f"{axis}_{x}" for axis in ("repeats", "group_size") for x in ("flops", "samples")}
+    assert names(write_figures(ladder, tmp_path / "f")) == {f"{kind}-rljax" for kind in kinds}
+    table, middle = open_table(ladder), f"{SIZES[2]:.12g}"
+    fixed = {
+        "num_params": {"repeats": "1", "group_size": "8", "order": "shuffle"},
+        "repeats": {"num_params": middle, "group_size": "8", "order": "shuffle"},
+        "group_size": {"num_params": middle, "repeats": "1", "order": "shuffle"},
+    }
+    for axis, wanted in fixed.items():
+        curves, held = read_varied(table, "rljax", "task", axis)
+        assert held == wanted
+        for curve in curves:
+            key, size = curve.key, curve.key if axis == "num_params" else SIZES[2]
+            shift = {"num_params": 0, "repeats": 0.02 * (key - 1), "group_size": -0.01 * (key - 8)}[axis]
+            assert curve.loss == pytest.approx(law(size, curve.x["samples"]) * (1 - shift), abs=1e-3)
+    assert len(read_varied(table, "rljax", "task", "num_params")[0]) == len(SIZES)
+    assert (
+        f"num_params {middle}, group_size 8, order shuffle" in (tmp_path / "f" / "repeats_flops-rljax.svg").read_text()
+    )
+
+
 def test_reuse_and_group_size(tmp_path: Path) -> None:
     for column, wanted in (("tau", {"repeats_samples"}), ("rollout_n", {"group_size_samples"})):
         path = tmp_path / f"{column}.csv"
         rows = [f"base,{value},{step},{0.9 - 0.001 * step}" for value in (4, 8, 16) for step in range(1, 41)]
         path.write_text(f"source,{column},step,loss\n" + "\n".join(rows))
         assert names(write_figures(path, tmp_path / column)) == {f"{name}-base" for name in wanted}
+
+
+def test_response_lengths_alone_or_beside_losses(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.csv"
+    rows = [f"base,{size},{step},{800 - step + size}" for size in (0.5, 7, 72) for step in range(11, 101)]
+    path.write_text("source,size_b,step,mean_response_tokens\n" + "\n".join(rows))
+    assert names(write_figures(path, tmp_path / "a")) == {"lengths_num_params-base"}
+    table = open_table(path)
+    (first, *_), _ = read_varied(table, "base", "", "num_params", "completion_tokens")
+    assert (first.key, first.loss[0], first.x["samples"][0]) == (5e8, 789.5, 11 * 512)
+    rows = [f"{size},{step},{8 * step},0.5,{'' if step < 2 else 30 + step}" for size in (1, 2) for step in range(20)]
+    path.write_text("num_params,step,samples,test_loss,completion_tokens\n" + "\n".join(rows))
+    assert names(write_figures(path, tmp_path / "b")) == {"law_samples", "lengths_num_params"}
+
+
+def test_a_line_that_need_not_be_monotone_turns() -> None:
+    x = np.arange(1.0, 101.0)
+    truth = 800 + 100 * np.cos(np.log(x))
+    line = plot.smooth(x, truth + np.random.default_rng(0).normal(0, 5, 100), monotone=False)
+    assert np.abs(line - truth)[5:].max() < 20
 
 
 def test_beside_another_table_and_the_same_bytes_each_time(tmp_path: Path) -> None:
@@ -97,6 +173,18 @@ def test_a_smoothed_line_follows_the_curve_up_or_down(sign: int) -> None:
     line = plot.smooth(x, truth + np.random.default_rng(0).normal(0, 0.01, 100))
     assert np.abs(line - truth).max() < 0.015
     assert (sign * np.diff(line) >= -1e-12).all()
+
+
+@pytest.mark.parametrize(("last", "wanted"), [(3e3, [200, 500, 1000, 2000]), (1e6, [1e3, 1e4, 1e5, 1e6])])
+def test_labels_of_x_have_room(last: float, wanted: list[float]) -> None:
+    with plot.figure() as (drawn, axes):
+        axes[0, 0].plot([160, last], [1, 2])
+        plot.log_x(axes[0, 0])
+        drawn.canvas.draw()
+        ticks = [tick for which in ("major", "minor") for tick in axes[0, 0].xaxis.get_ticklabels(which=which)]
+        low, high = axes[0, 0].get_xlim()
+        shown = [tick.get_position()[0] for tick in ticks if tick.get_text() and low <= tick.get_position()[0] <= high]
+    assert shown == pytest.approx(wanted)
 
 
 def test_intervals_are_those_of_the_last_step_all_runs_have() -> None:

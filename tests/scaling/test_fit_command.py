@@ -1,6 +1,7 @@
 """`rljax fit` and `rljax advise`: what they write, print and refuse."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -155,8 +156,21 @@ def test_intervals_from_few_runs_say_so(folder) -> None:
     assert main(["fit", "0.csv", "1.csv", "2.csv", "--draws", "39"]) == 0
     found = json.loads((folder / "fit.json").read_text())
     assert found["intervals"]["over"] == "runs"
-    assert any("intervals come from 3 runs of a size" in warning for warning in found["warnings"])
+    assert not any("as far apart" in warning for warning in found["warnings"])
     assert [entry["runs"] for entry in found["per_curve"]] == [3] * 7
+
+
+def test_runs_of_one_size_further_apart_than_the_others_are_said(folder) -> None:
+    """Their spreads are pooled, so one that is unlike the others must not go unseen."""
+    for seed in range(3):
+        curves = paper_curves(np.random.default_rng(seed), steps=40)
+        shifted = dataclasses.replace(curves[3], loss=curves[3].loss + 0.1 * (seed - 1))
+        write(folder / f"{seed}.csv", [*curves[:3], shifted, *curves[4:]], run=f"r{seed}")
+    assert main(["fit", "0.csv", "1.csv", "2.csv", "--draws", "9"]) == 0
+    found = json.loads((folder / "fit.json").read_text())["warnings"]
+    assert [warning[:66] for warning in found if "as far apart" in warning] == [
+        "the runs of num_params 7000000000 are more than 3 times as far apa"
+    ]
 
 
 def test_notes_of_the_table_are_warnings_of_the_fit(folder) -> None:
@@ -268,9 +282,59 @@ def test_amounts_that_are_none(text) -> None:
         Budget.parse(text)
 
 
+def damaged(change) -> str:
+    """fit.json after `change`, as text."""
+    with open("fit.json") as file:
+        whole = json.load(file)
+    change(whole)
+    return json.dumps(whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fit: fit.update(form="cubic"),
+        lambda fit: fit.update(form=[]),
+        lambda fit: fit.update(per_curve=[]),
+        lambda fit: fit.update(per_curve=["fitted"]),
+        lambda fit: fit.update(intervals=None),
+        lambda fit: fit["params"].pop("k_max"),
+        lambda fit: fit["params"].update(n0=-1.0),
+        lambda fit: fit["params"].update(n0=None),
+        lambda fit: fit["params"]["e"].pop("7000000000"),
+        lambda fit: fit["per_curve"][0].pop("role"),
+        lambda fit: fit["per_curve"][0].pop("num_params"),
+        lambda fit: fit["per_curve"][3].pop("x_max"),
+        lambda fit: fit["intervals"]["draws"].pop("scale"),
+        lambda fit: fit["intervals"]["draws"]["theta"].pop(),
+        lambda fit: fit["intervals"].update(level="high"),
+    ],
+)
+def test_a_damaged_fit_is_refused(folder, change) -> None:
+    fitted("--x", "samples", "--draws", "2")
+    text = damaged(change)
+    (folder / "fit.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"fit.json cannot be read as a fit \(.*; give the fit.json of `rljax fit`"):
+        load_fit("fit.json")
+
+
+def test_what_tells_the_curves_apart_is_found_wherever_it_stands(folder) -> None:
+    fitted("--x", "samples")
+    text = damaged(lambda fit: fit.update(per_curve=[dict(reversed(entry.items())) for entry in fit["per_curve"]]))
+    (folder / "fit.json").write_text(text)
+    assert load_fit("fit.json").by == "num_params"
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{", "{}", '"fit"'])
+def test_json_that_is_no_fit_is_refused(tmp_path, text) -> None:
+    (tmp_path / "fit.json").write_text(text)
+    with pytest.raises(ConfigError, match="cannot be read as a fit"):
+        load_fit(tmp_path / "fit.json")
+
+
 def test_fits_that_give_no_advice(folder, capsys) -> None:
     assert main(["advise", "--budget", "1e18", "--unique", "10"]) == 64
-    assert "cannot be read as a fit (FileNotFoundError)" in capsys.readouterr().err
+    assert "cannot be read as a fit (FileNotFoundError" in capsys.readouterr().err
     (folder / "fit.json").write_text("{}")
     assert main(["advise", "--budget", "1e18", "--unique", "10"]) == 64
     assert "has no form, x, params" in capsys.readouterr().err

@@ -112,3 +112,6 @@ def test_a_run_folder(tmp_path) -> None:
     assert made.loss == pytest.approx(0.9 * 100**-0.05, rel=1e-4)
     assert forecast_metrics(tmp_path, 100)["forecast/final_test_loss_high"] == made.high
     assert forecast_metrics(tmp_path, MIN_POINTS) == {}  # the end has been evaluated
+    with (tmp_path / "curves.csv").open("a") as file:
+        file.write("50,0.")  # a killed process was writing it
+    assert forecast_run(tmp_path, 100) == made

@@ -1,5 +1,7 @@
 """The prediction protocols against the paper's numbers and known laws."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from laws import curve, paper_curves, paper_law, slope
@@ -64,6 +66,20 @@ def test_72b_from_the_smaller_ones_as_the_paper_does(shared_data, x, k, e, r2) -
     assert found.scores["slope_only"].r2 == pytest.approx(r2, abs=1.5e-3)
     assert found.scores["strict"].n == 93
     assert found.scores["strict"].r2 < found.scores["slope_only"].r2
+
+
+def test_the_end_of_the_papers_72b_curve_is_missed_as_the_readme_says(shared_data) -> None:
+    """On D, E from the first ten points; the draws of `rljax fit`: 1,000, seed 0."""
+    curves, _ = read_curves(shared_data / "paper_curves" / "holdout.csv")
+    small, large = split_largest(curves)
+    data = collect(small, "samples")
+    solution = solve(data, KN)
+    found = transfer(data, solution, bootstrap(data, solution), collect([large], "samples"), 10)
+    assert found.final_interval is not None
+    stated = (found.final_loss, *found.final_interval, found.measured)
+    assert stated == pytest.approx((0.403, 0.383, 0.420, 0.443), abs=6e-4)
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert "is put at 0.403 (0.383 to 0.420); the mean of its last ten points is 0.443" in " ".join(readme.split())
 
 
 def test_a_law_that_holds_is_predicted() -> None:

@@ -137,6 +137,11 @@ def test_a_run_of_one_evaluation(tmp_path):
     assert "nan" not in text.lower()
 
 
+def test_the_line_a_killed_process_was_writing_is_no_evaluation(tmp_path):
+    (tmp_path / "curves.csv").write_text(HEADER + "r,rljax,8e5,0,0,0,0,0.875,,,,,\nr,rljax,8e5,5,0,0,0,0.1")
+    assert read_run(tmp_path).pass_at_1 == {"held-out": [(0, 0.125)]}
+
+
 def test_metrics_alone_give_pass_at_1_too(tmp_path):
     folder = _write_run(tmp_path / "run")
     (folder / "curves.csv").unlink()
@@ -153,6 +158,32 @@ def test_an_empty_metrics_file_is_a_page_without_charts(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"neither metrics\.jsonl nor curves.csv"):
         write_report(tmp_path / "nowhere")
+
+
+def _with_forecasts(folder, last):
+    """A run whose evaluations up to step `last` forecast its end."""
+    folder = _write_run(folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    for row in rows:
+        if 0 < row["step"] <= last and row["step"] % 5 == 0:
+            row["forecast/final_test_loss"] = 0.4 - 0.001 * row["step"]
+            row |= {"forecast/final_test_loss_low": 0.3, "forecast/final_test_loss_high": 0.45}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_report(folder).read_text()
+
+
+def test_a_run_under_way_shows_where_it_will_end(tmp_path):
+    text = _with_forecasts(tmp_path / "run", last=20)
+    _assert_self_contained(text)
+    assert "<span>pass@1 at the end, forecast</span><b>0.620</b><span>95 %: 0.550 to 0.700</span>" in text
+    assert '<b class="line0">median 0.62</b> <b class="line1">low 0.55</b> <b class="line2">high 0.7</b>' in text
+
+
+def test_a_run_that_has_ended_shows_its_forecasts_as_a_chart_alone(tmp_path):
+    text = _with_forecasts(tmp_path / "run", last=15)
+    assert "95 %" not in text
+    assert text.count("pass@1 at the end, forecast") == 2  # the caption, and the same for who does not see
+    assert "pass@1 at the end" not in write_report(_write_run(tmp_path / "other")).read_text()
 
 
 def test_two_held_out_sets_are_two_lines(tmp_path):

@@ -84,6 +84,17 @@ def test_curves_of_several_runs_are_one_table(tmp_path: Path) -> None:
     assert merge_curves(file, runs[2:]) == 0 and file.read_bytes() == before
 
 
+def test_the_table_says_how_long_completions_were(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "curves.csv").write_text("run,step,test_loss\na,0,0.9\na,1,0.8\na,2,0.7\n")
+    (tmp_path / "a" / "metrics.jsonl").write_text(
+        '{"step": 0, "eval/pass@1": 0.1}\n{"step": 1, "completion/length_tokens": 31.5}\n{"step": 2, "completion/len'
+    )
+    file = tmp_path / "curves.csv"
+    assert merge_curves(file, [(str(tmp_path / "a"), {})]) == 3
+    assert [row["completion_tokens"] for row in csv.DictReader(file.read_text().splitlines())] == ["", "31.5", ""]
+
+
 def test_a_table_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "curves.csv").write_text("run,step,test_loss\na,0,0.9\n")
     file = tmp_path / "merged.csv"

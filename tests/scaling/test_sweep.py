@@ -1,6 +1,7 @@
 """A sweep as a user meets it: killed and started again it gives the table of one unbroken, what is finished is not done
 again, what failed is said and stops nothing, and runs of other settings are refused."""
 
+import contextlib
 import csv
 import os
 import shutil
@@ -18,7 +19,7 @@ from rljax.cli import USAGE_ERROR, main
 from rljax.config import ConfigError
 from rljax.config_file import parse_config
 from rljax.scaling.grid import read_sweep
-from rljax.scaling.sweep import commands, run_sweep
+from rljax.scaling.sweep import _terminable, commands, run_sweep
 
 SETTINGS: dict[str, Any] = {
     "steps": 6,
@@ -194,7 +195,22 @@ def test_the_printed_commands_are_what_the_sweep_does(unbroken: Path, tmp_path: 
     assert [line for line in commands(read_sweep(unbroken / "sweep.yaml")) if line[0] != "#"] == []
 
 
-def test_ended_by_a_signal_it_ends_its_run_too(tmp_path: Path) -> None:
+def children(process: int) -> list[int]:
+    """Processes that it started and that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == process and state != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; elsewhere the lock alone keeps a second run away")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ended_by_a_signal_it_ends_its_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     # A warm start that is still at work when the signal comes, however fast the machine.
     endless = {"sft": {"steps": 1_000_000}}
     file = write(tmp_path, settings=SETTINGS | {"steps": 0}, axes={"tau": [1], "repeats": [9]}, warm_start=endless)
@@ -203,15 +219,35 @@ def test_ended_by_a_signal_it_ends_its_run_too(tmp_path: Path) -> None:
         [sys.executable, "-m", "rljax.cli", "sweep", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 60
-    while not log.exists():
+    while not (log.exists() and log.read_text()):  # its first words come after it bound itself to the sweep
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+    (run,) = children(process.pid)
+    assert (
+        os.getpgid(run) == run
+    )  # a terminal's Ctrl-C, for the sweep's group, does not reach it beside the sweep's own
     with pytest.raises(ConfigError, match=r"another sweep, or a run that one started, is at work in"):
         run_sweep(read_sweep(file), lambda statuses: None)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"interrupted; the same command resumes" in said
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 130 and b"interrupted; the same command resumes" in said
+        assert "interrupted" in log.read_text()
     assert not (tmp_path / "out" / "starts" / "start").exists()
     # The folder is free again: no process of the sweep lives on.
     failures = run_sweep(read_sweep(write(tmp_path, warm_start={"data.train": "task:chess"})), lambda statuses: None)
     assert len(failures) == 1
+
+
+def test_a_closed_terminal_is_as_ctrl_c_but_not_under_nohup() -> None:
+    with pytest.raises(KeyboardInterrupt), _terminable():
+        signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _terminable():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

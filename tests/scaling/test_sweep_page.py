@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rljax.config import ConfigError
-from rljax.scaling.sweep_page import write_sweep_report
+from rljax.scaling.sweep_page import _cell, _runs, write_sweep_report
 
 COLUMNS = "run,source,size,num_params,step,samples,flops,test_loss,repeats,group_size,seed,accelerator_seconds"
 
@@ -59,10 +59,32 @@ def test_runs_with_what_they_cost(page: str) -> None:
     assert "accelerator_seconds" in page
 
 
+def test_names_stay_as_they_are_and_a_loss_that_is_none_is_said(tmp_path: Path) -> None:
+    rows = [f"{run},{step},{loss}" for run, loss in (("1e5", "nan"), ("007", "inf")) for step in (1, 2)]
+    (tmp_path / "curves.csv").write_text("run,step,test_loss\n" + "\n".join(rows) + "\n1e6\n")
+    cells = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", _runs(tmp_path / "curves.csv"))
+    assert cells == [("1e5", "2", "nan"), ("007", "2", "inf"), ("1e6", "", "")]
+    assert _cell("num_params", "590000") == "590,000" and _cell("flops", "1.23456e18") == "1.235e+18"
+
+
 def test_completions_before_and_after_and_nothing_hostile(page: str) -> None:
     assert "Completions of r1, step 1<" in page and "Completions of r1, step 40<" in page
     assert "<script" not in page and "&lt;script&gt;alert(40)" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+def test_the_law_of_a_sweep_over_several_axes_is_of_one_reuse_and_one_order(tmp_path: Path) -> None:
+    lines = [COLUMNS + ",order"]
+    for size in (1e6, 3e6, 1e7, 3e7):
+        for tau, order in [(1, "shuffle"), *([(5, "shuffle"), (1, "curriculum")] if size == 3e6 else [])]:
+            for step in range(1, 31):
+                loss = 0.9 * step ** (-0.2 * size / (size + 5e6)) * (1 if (tau, order) == (1, "shuffle") else 0.5)
+                row = (f"r{size:g}-{tau}-{order}", "base", f"{size:g}", size, step, 8 * step, size * 6e3 * step, loss)
+                lines.append(",".join(map(str, (*row, tau, 4, 0, 0.5 * step, order))))
+    (tmp_path / "curves.csv").write_text("\n".join(lines) + "\n")
+    text = write_sweep_report(tmp_path).read_text()
+    slopes = re.findall(r"<td>base (?:flops|samples)</td><td>([\d.]+) ", text)
+    assert [float(slope) for slope in slopes] == pytest.approx([0.2, 0.2], rel=1e-3)
 
 
 def test_no_table(tmp_path: Path) -> None:
