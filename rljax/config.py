@@ -240,6 +240,9 @@ class AlgorithmConfig:
     """`dppo_mask` drops a token whose probability has moved further than this towards its advantage."""
     dppo_penalty: float = 1e-3
     """`dppo_mask`'s weight of log(ratio)^2."""
+    off_policy_mask: float = 0.0
+    """Drops the policy loss of completions with A < 0 whose mean of log(sampler / policy) over their tokens is above
+    this (DeepSeek-V3.2, arXiv:2512.02556); they stay in the loss's divisor. 0: off."""
     aggregation: Literal[
         "token_mean",
         "seq_mean_token_mean",
@@ -505,6 +508,7 @@ _AT_LEAST_ZERO = (
     "algorithm.dual_clip",
     "algorithm.dppo_mask",
     "algorithm.dppo_penalty",
+    "algorithm.off_policy_mask",
     "algorithm.kl_coefficient",
     "algorithm.reference_ema_decay",
     "algorithm.reference_every_steps",

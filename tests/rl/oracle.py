@@ -74,6 +74,11 @@ def correction(old, mu, o) -> list[float]:
     ]
 
 
+def is_off_policy(frozen, mu, advantage: float, o) -> bool:
+    """Of one completion: whether it has no policy loss."""
+    return o.off_policy_mask > 0 and advantage < 0 and np.mean(mu - frozen) > o.off_policy_mask
+
+
 def kl(lp: float, frozen: float, reference: float, estimator: str) -> float:
     """Of one token; + has the value of the first and the slope of k2."""
     x = lp - reference

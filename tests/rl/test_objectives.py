@@ -1,5 +1,6 @@
 """Every named part of the objective against the oracle: value and gradient, in rows that hold several completions."""
 
+import dataclasses
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -82,6 +83,8 @@ def expected_loss(
         old = fixed if o.old_logprobs == "current" else np.asarray(batch.old_logprobs[row, where], np.float64)
         losses = oracle.policy_loss(lp, fixed, old, mu, ADVANTAGE[prompt, g], o)
         corrections = oracle.correction(old, mu, o)
+        if oracle.is_off_policy(fixed, mu, ADVANTAGE[prompt, g], o):
+            corrections = [0.0] * len(corrections)
         weight = np.asarray(batch.weights[row, where], np.float64)
         for t in range(len(lp)):
             penalty = o.kl_coefficient * oracle.kl(lp[t], fixed[t], reference[t], o.kl_estimator)
@@ -107,6 +110,12 @@ CASES = {
     **{f"correction {name}": {"correction": name, "correction_high": 1.4} for name in allowed("correction")},
     "geometric mask": {"correction": "geometric_mask", "correction_low": 0.75, "correction_high": 1.4},
     "decoupled PPO": {"correction": "token_truncate", "correction_high": 5.0, "clip_high": 0.4},
+    **{
+        f"off-policy mask, {name}": {"loss": name, "off_policy_mask": 0.05, "kl_coefficient": 0.3}
+        for name in allowed("loss")
+    },
+    "off-policy mask against the policy of now": {"off_policy_mask": 0.05, "old_logprobs": "current"},
+    "off-policy mask and a correction": {"off_policy_mask": 0.05, "correction": "token_truncate"},
     "entropy": {"entropy_coefficient": 0.2},
     **{f"aggregation {name}": {"aggregation": name} for name in allowed("aggregation")},
 }
@@ -139,6 +148,24 @@ def test_value_and_gradient_are_the_oracles(name: str) -> None:
     np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(entropy_slope, -algorithm.entropy_coefficient * np.asarray(batch.weights), rtol=1e-6)
     assert np.abs(expected).max() > 1e-3 or algorithm.aggregation == "constant"
+
+
+@pytest.mark.parametrize(("threshold", "dropped"), [(0.01, [1, 3]), (0.1, [1]), (0.5, [])])
+def test_completions_far_from_the_sampler_are_dropped_and_counted(threshold: float, dropped: list[int]) -> None:
+    """Only those with A < 0 that the sampler found likelier than the policy does, by more than the threshold."""
+    algorithm = AlgorithmConfig(off_policy_mask=threshold, kl_coefficient=0.0, loss="cispo")
+    batch, places, logprobs = make_batch(algorithm)
+    behaviour = np.array(batch.behaviour_logprobs)
+    for (row, where, *_), above in zip(places, [0.3, 0.3, 0.3, 0.02, -0.3, 0.3], strict=True):
+        behaviour[row, where] = logprobs[row, where] + above
+    batch = dataclasses.replace(batch, behaviour_logprobs=behaviour)
+    slope, metrics = jax.grad(lambda x: grpo_loss(x, 0 * x, batch, algorithm), has_aux=True)(jnp.array(logprobs))
+    gone = [n for n, (row, where, *_) in enumerate(places) if not np.asarray(slope)[row, where].any()]
+    assert gone == dropped
+    share = metrics["policy/off_policy_dropped_fraction"]
+    assert (float(share.total), float(share.weight)) == pytest.approx((len(dropped), 6), abs=1e-5)
+    off = dataclasses.replace(algorithm, off_policy_mask=0.0)
+    assert "policy/off_policy_dropped_fraction" not in grpo_loss(jnp.array(logprobs), 0 * logprobs, batch, off)[1]
 
 
 def test_every_choice_of_the_config_exists_and_is_tested() -> None:
