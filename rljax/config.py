@@ -221,8 +221,10 @@ class AlgorithmConfig:
     advantage: Literal["grpo", "dr_grpo", "batch_std", "rloo", "reinforce_pp", "max_rl", "opo"] = "grpo"
     """grpo: (r - mean) / (std + eps), std with ddof 1. dr_grpo: r - mean. The others: `rljax/rl/advantages.py`."""
     advantage_eps: float = 1e-6
-    advantage_clip: float = 0.0
-    """Largest |advantage|; 0: off."""
+    advantage_clip_low: float = 0.0
+    """Advantages below minus this are set to it; 0: off."""
+    advantage_clip_high: float = 0.0
+    """Advantages above this are set to it; 0: off."""
     zero_variance_groups: Literal["keep", "drop"] = "keep"
     """Groups whose advantages are all 0. keep: they count in the loss's divisor, as in the paper's code. drop: not."""
     dynamic_sampling_rounds: int = 0
@@ -504,7 +506,8 @@ _AT_LEAST_ZERO = (
     "algorithm.advantage_eps",
     "algorithm.clip_low",
     "algorithm.clip_high",
-    "algorithm.advantage_clip",
+    "algorithm.advantage_clip_low",
+    "algorithm.advantage_clip_high",
     "algorithm.dual_clip",
     "algorithm.dppo_mask",
     "algorithm.dppo_penalty",

@@ -471,7 +471,12 @@ def _advantages(run: Run, rollouts: Rollouts, rewards: np.ndarray) -> tuple[np.n
         penalty, metrics = run.learner.kl_penalty(rollouts)
         rewards = rewards - penalty
     return group_advantages(
-        rewards, lengths, algorithm.advantage, algorithm.advantage_eps, clip=algorithm.advantage_clip
+        rewards,
+        lengths,
+        algorithm.advantage,
+        algorithm.advantage_eps,
+        clip_low=algorithm.advantage_clip_low,
+        clip_high=algorithm.advantage_clip_high,
     ), metrics
 
 

@@ -97,11 +97,18 @@ ADVANTAGES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 
 
 def group_advantages(
-    rewards: np.ndarray, lengths: np.ndarray, name: str, eps: float, *, clip: float = 0.0
+    rewards: np.ndarray,
+    lengths: np.ndarray,
+    name: str,
+    eps: float,
+    *,
+    clip_low: float = 0.0,
+    clip_high: float = 0.0,
 ) -> np.ndarray:
     """Advantages [P, G] float32 of rewards [P, G] for completions of `lengths` [P, G] tokens.
 
-    Computed in float64. A group of equal rewards gets exactly 0 (but for `reinforce_pp`). `clip` > 0 bounds |A|.
+    Computed in float64. A group of equal rewards gets exactly 0 (but for `reinforce_pp`). At least -`clip_low`, at most
+    `clip_high`, where those are above 0.
 
     Raises:
       ValueError: the group size is 1, a reward is not finite, or `max_rl` meets a negative one.
@@ -113,6 +120,5 @@ def group_advantages(
     if name == "max_rl" and rewards.min() < 0:
         raise ValueError(f"a reward is {rewards.min()}; max_rl divides by the mean and needs rewards of at least 0")
     advantages = ADVANTAGES[name](rewards.astype(np.float64), lengths.astype(np.float64), eps)
-    if clip > 0:
-        advantages = np.clip(advantages, -clip, clip)
-    return advantages.astype(np.float32)
+    bounds = -clip_low if clip_low > 0 else -np.inf, clip_high if clip_high > 0 else np.inf
+    return np.clip(advantages, *bounds).astype(np.float32)
