@@ -276,13 +276,16 @@ class AlgorithmConfig:
     """recompute: the learner rescores before the first update (the paper). behaviour: the sampler's own log-probs.
     current: the policy's at the update itself, so the ratio is 1; for one update per step."""
     correction: Literal[
-        "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
+        "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask", "error_mask"
     ] = "off"
     """Importance weight between sampler and learner: `rljax/rl/correction.py`."""
     correction_low: float = 0.5
-    """Smallest ratio that the masks trust."""
+    """Smallest ratio that the masks trust; 0: no bound."""
     correction_high: float = 2.0
-    """Largest ratio: truncated to, or masked above."""
+    """Largest ratio: truncated to, or masked above. `error_mask`: largest mean error of a completion, a factor."""
+    correction_normalise: bool = False
+    """Divide the weights by their mean over the update, of completions where a completion has one weight (verl's
+    `rollout_is_batch_normalize`). Needs `old_logprobs: recompute`."""
     microbatch_tokens: int = 16384
     """Tokens, padding included, per forward and backward on each (data x fsdp) shard."""
 
@@ -613,6 +616,13 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ConfigError(
             f"algorithm.correction = {algorithm.correction!r} weighs old against behaviour log-probs, which "
             "algorithm.old_logprobs = 'behaviour' makes the same; use 'recompute' or 'current', or correction 'off'"
+        )
+    if algorithm.correction_normalise and (algorithm.correction == "off" or algorithm.old_logprobs != "recompute"):
+        raise ConfigError(
+            f"algorithm.correction_normalise = true with algorithm.correction = {algorithm.correction!r} and "
+            f"algorithm.old_logprobs = {algorithm.old_logprobs!r}: the mean is of the weights of a whole update, known "
+            "before it only where there are some and old log-probs are recomputed; set a correction and "
+            "old_logprobs = 'recompute', or correction_normalise to false"
         )
     if algorithm.correction_low > algorithm.correction_high:
         raise ConfigError(

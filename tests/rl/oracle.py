@@ -69,6 +69,7 @@ def correction(old, mu, o) -> list[float]:
             "sequence_truncate": min(product, high),
             "sequence_mask": product if low <= product <= high else 0.0,
             "geometric_mask": float(low <= mean <= high),
+            "error_mask": float(np.mean(np.exp(abs(old - mu))) <= high),
         }[o.correction]
         for r in ratios
     ]
