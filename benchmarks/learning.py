@@ -274,7 +274,7 @@ class Trainer:
         return seconds
 
     def contender(self, workload: Workload) -> Contender:
-        """The fastest of its variants, warmed up. Which it is two micro-batches of the largest size say as well as more.
+        """The fastest of its variants, warmed up; two micro-batches of the largest size say which it is.
 
         Raises:
           PeerError: none of them ran.

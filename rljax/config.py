@@ -224,8 +224,10 @@ class AlgorithmConfig:
     advantage: Literal["grpo", "dr_grpo", "batch_std", "rloo", "reinforce_pp", "max_rl", "opo"] = "grpo"
     """grpo: (r - mean) / (std + eps), std with ddof 1. dr_grpo: r - mean. The others: `rljax/rl/advantages.py`."""
     advantage_eps: float = 1e-6
-    advantage_clip: float = 0.0
-    """Largest |advantage|; 0: off."""
+    advantage_clip_low: float = 0.0
+    """Advantages below minus this are set to it; 0: off."""
+    advantage_clip_high: float = 0.0
+    """Advantages above this are set to it; 0: off."""
     zero_variance_groups: Literal["keep", "drop"] = "keep"
     """Groups whose advantages are all 0. keep: they count in the loss's divisor, as in the paper's code. drop: not."""
     dynamic_sampling_rounds: int = 0
@@ -243,6 +245,9 @@ class AlgorithmConfig:
     """`dppo_mask` drops a token whose probability has moved further than this towards its advantage."""
     dppo_penalty: float = 1e-3
     """`dppo_mask`'s weight of log(ratio)^2."""
+    off_policy_mask: float = 0.0
+    """Drops the policy loss of completions with A < 0 whose mean of log(sampler / policy) over their tokens is above
+    this (DeepSeek-V3.2, arXiv:2512.02556); they stay in the loss's divisor. 0: off."""
     aggregation: Literal[
         "token_mean",
         "seq_mean_token_mean",
@@ -274,13 +279,16 @@ class AlgorithmConfig:
     """recompute: the learner rescores before the first update (the paper). behaviour: the sampler's own log-probs.
     current: the policy's at the update itself, so the ratio is 1; for one update per step."""
     correction: Literal[
-        "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
+        "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask", "error_mask"
     ] = "off"
     """Importance weight between sampler and learner: `rljax/rl/correction.py`."""
     correction_low: float = 0.5
-    """Smallest ratio that the masks trust."""
+    """Smallest ratio that the masks trust; 0: no bound."""
     correction_high: float = 2.0
-    """Largest ratio: truncated to, or masked above."""
+    """Largest ratio: truncated to, or masked above. `error_mask`: largest mean error of a completion, a factor."""
+    correction_normalise: bool = False
+    """Divide the weights by their mean over the update, of completions where a completion has one weight (verl's
+    `rollout_is_batch_normalize`). Needs `old_logprobs: recompute`."""
     microbatch_tokens: int = 16384
     """Tokens, padding included, per forward and backward on each (data x fsdp) shard."""
 
@@ -509,10 +517,12 @@ _AT_LEAST_ZERO = (
     "algorithm.advantage_eps",
     "algorithm.clip_low",
     "algorithm.clip_high",
-    "algorithm.advantage_clip",
+    "algorithm.advantage_clip_low",
+    "algorithm.advantage_clip_high",
     "algorithm.dual_clip",
     "algorithm.dppo_mask",
     "algorithm.dppo_penalty",
+    "algorithm.off_policy_mask",
     "algorithm.kl_coefficient",
     "algorithm.reference_ema_decay",
     "algorithm.reference_every_steps",
@@ -614,6 +624,13 @@ def _check_algorithm(config: RunConfig) -> None:
         raise ConfigError(
             f"algorithm.correction = {algorithm.correction!r} weighs old against behaviour log-probs, which "
             "algorithm.old_logprobs = 'behaviour' makes the same; use 'recompute' or 'current', or correction 'off'"
+        )
+    if algorithm.correction_normalise and (algorithm.correction == "off" or algorithm.old_logprobs != "recompute"):
+        raise ConfigError(
+            f"algorithm.correction_normalise = true with algorithm.correction = {algorithm.correction!r} and "
+            f"algorithm.old_logprobs = {algorithm.old_logprobs!r}: the mean is of the weights of a whole update, known "
+            "before it only where there are some and old log-probs are recomputed; set a correction and "
+            "old_logprobs = 'recompute', or correction_normalise to false"
         )
     if algorithm.correction_low > algorithm.correction_high:
         raise ConfigError(

@@ -483,7 +483,8 @@ def _advantages(run: Run, collected: Collected) -> tuple[np.ndarray, dict[str, M
         lengths,
         algorithm.advantage,
         algorithm.advantage_eps,
-        clip=algorithm.advantage_clip,
+        clip_low=algorithm.advantage_clip_low,
+        clip_high=algorithm.advantage_clip_high,
         judged=collected.judged,
     )
     return advantages, metrics

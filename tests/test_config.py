@@ -341,6 +341,11 @@ def test_group_of_one() -> None:
             {"correction": "token_mask", "old_logprobs": "behaviour"},
             r"'token_mask' weighs old against .*use 'recompute'",
         ),
+        ({"correction_normalise": True}, r"correction_normalise = true .*'off'.*; set a correction and old_logprobs ="),
+        (
+            {"correction_normalise": True, "correction": "token_mask", "old_logprobs": "current", "updates_per_step": 1},
+            r"correction_normalise = true .*'current': the mean is of the weights of a whole update",
+        ),
         ({"correction_low": 3.0}, r"correction_low = 3.0 is above .*correction_high = 2.0"),
         ({"kl_in": "reward", "kl_importance_weight": True}, r"a reward has no gradient .*set kl_in to 'loss'"),
         ({"kl_in": "reward", "advantage": "reinforce_pp"}, r"needs a return per token.*set kl_in to 'loss'"),

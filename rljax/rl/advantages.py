@@ -108,13 +108,15 @@ def group_advantages(
     name: str,
     eps: float,
     *,
-    clip: float = 0.0,
+    clip_low: float = 0.0,
+    clip_high: float = 0.0,
     judged: np.ndarray | None = None,
 ) -> np.ndarray:
     """Advantages [P, G] float32 of rewards [P, G] for completions of `lengths` [P, G] tokens.
 
     Computed in float64. A group of equal rewards gets exactly 0 (but for `reinforce_pp`), and so does one of fewer than
-    two that are judged, which has no part in the rest either. `clip` > 0 bounds |A|.
+    two that are judged, which has no part in the rest either. At least -`clip_low`, at most `clip_high`, where those
+    are above 0.
 
     Args:
       judged: [P, G] bool: the rewards there are; the others may be any number. None: all.
@@ -141,6 +143,5 @@ def group_advantages(
             eps,
         )
     advantages[~there] = 0.0
-    if clip > 0:
-        advantages = np.clip(advantages, -clip, clip)
-    return advantages.astype(np.float32)
+    bounds = -clip_low if clip_low > 0 else -np.inf, clip_high if clip_high > 0 else np.inf
+    return np.clip(advantages, *bounds).astype(np.float32)

@@ -8,13 +8,15 @@ Letters: B rows, T positions.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig
 from rljax.metrics import Max, Metric, WeightedMean
-from rljax.rl.sequences import sequence_mean, sequence_sum
+from rljax.rl.sequences import sequence_ids, sequence_mean, sequence_sum
+from rljax.types import TrainBatch
 
 MAX_LOG_WEIGHT = 20.0
 """|log-weight| beyond which `exp` is not taken further."""
@@ -44,15 +46,21 @@ def _sequence_truncate(gap: jax.Array, mask: jax.Array, sequences: jax.Array, bo
 
 
 def _sequence_mask(gap: jax.Array, mask: jax.Array, sequences: jax.Array, bounds: Bounds) -> jax.Array:
-    """The product of the sequence's ratios where it lies within the bounds, else 0 (TRL's default, high 3)."""
+    """The product of the sequence's ratios where it lies within the bounds, else 0 (TRL's default is low 0, high 3)."""
     weight = _weight(sequence_sum(gap, sequences))
     return jnp.where((weight >= bounds[0]) & (weight <= bounds[1]), weight, 0.0)
 
 
 def _geometric_mask(gap: jax.Array, mask: jax.Array, sequences: jax.Array, bounds: Bounds) -> jax.Array:
-    """1 where the geometric mean of the sequence's ratios lies within the bounds, else 0."""
+    """1 where the geometric mean of the sequence's ratios lies within the bounds, else 0 (verl's `seq_mean_k1`)."""
     mean = _weight(sequence_mean(gap, mask, sequences))
     return jnp.where((mean >= bounds[0]) & (mean <= bounds[1]), 1.0, 0.0)
+
+
+def _error_mask(gap: jax.Array, mask: jax.Array, sequences: jax.Array, bounds: Bounds) -> jax.Array:
+    """1 where the mean over the sequence of max(ratio, 1 / ratio) is at most high, else 0 (NeMo-RL's
+    `seq_logprob_error_threshold`): deviations up and down do not cancel."""
+    return jnp.where(sequence_mean(_weight(jnp.abs(gap)), mask, sequences) <= bounds[1], 1.0, 0.0)
 
 
 CORRECTIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, Bounds], jax.Array]] = {
@@ -61,13 +69,14 @@ CORRECTIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, Bounds], jax.A
     "sequence_truncate": _sequence_truncate,
     "sequence_mask": _sequence_mask,
     "geometric_mask": _geometric_mask,
+    "error_mask": _error_mask,
 }
 """(log pi_old - log mu [B, T], mask, sequences, bounds) -> weights [B, T]. Names as in verl's and TRL's options.
 
 `clip` with `old_logprobs: recompute` and `token_truncate` is decoupled PPO (arXiv:2110.00641; AReaL, arXiv:2505.24298):
 the surrogate is clipped around pi_old, and pi_old / mu corrects for who sampled."""
 
-SEQUENCE_CORRECTIONS = {"sequence_truncate", "sequence_mask", "geometric_mask"}
+SEQUENCE_CORRECTIONS = {"sequence_truncate", "sequence_mask", "geometric_mask", "error_mask"}
 """Those whose weights depend on the whole completion."""
 
 
@@ -90,3 +99,25 @@ def behaviour_weights(
         "policy/correction_max": Max(jnp.max(weight)),
         "policy/correction_dropped_fraction": WeightedMean(dropped, count),
     }
+
+
+def mean_weight(batch: TrainBatch, algorithm: AlgorithmConfig) -> WeightedMean:
+    """Mean of the weights of `batch` ([B, T] leaves): over tokens, or over completions where each has one weight."""
+    mask, sequences = batch.loss_mask, sequence_ids(batch.group, batch.completion)
+    gap = jnp.where(mask, batch.old_logprobs - batch.behaviour_logprobs, 0.0)
+    weight, _ = behaviour_weights(gap, mask, sequences, algorithm)
+    each = mask.astype(jnp.float32)
+    if algorithm.correction in SEQUENCE_CORRECTIONS:
+        each = each / jnp.maximum(sequence_sum(each, sequences), 1.0)
+    return WeightedMean(jnp.sum(weight * each), jnp.sum(each))
+
+
+@partial(jax.jit, static_argnames="algorithm")
+def normalised_advantages(batch: TrainBatch, algorithm: AlgorithmConfig) -> jax.Array:
+    """Advantages of an update [M, B, T] over the mean weight of all of it; unchanged where all weights are 0.
+
+    Every policy loss that takes a correction is proportional to |A|, so this is the loss with weights of mean 1.
+    """
+    parts = jax.vmap(lambda rows: mean_weight(rows, algorithm))(batch)
+    mean = jnp.sum(parts.total) / jnp.maximum(jnp.sum(parts.weight), 1.0)
+    return batch.advantages / jnp.where(mean > 0, mean, 1.0)

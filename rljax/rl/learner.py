@@ -19,6 +19,7 @@ from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
 from rljax.rl.advantages import has_spread
 from rljax.rl.aggregation import UpdateLengths, token_weights
+from rljax.rl.correction import normalised_advantages
 from rljax.rl.losses import behaviour_gap, kl_of
 from rljax.rl.optimizer import init_state, make_optimizer
 from rljax.rl.packing import Packing, RowShape, batch_shapes, microbatches, pack, row_shape, train_batch
@@ -203,6 +204,8 @@ class Learner:
         with jax.set_mesh(self.mesh):
             updates = [self._rows(part, a) for part, a in self._parts(rollouts, advantages)]
             updates, gap = self._rescored(updates)
+            if self.algorithm.correction_normalise:
+                updates = [self._normalised(rows) for rows in updates]
             merged: dict[str, Metric] = {}
             for index, rows in enumerate(updates):
                 self.state, metrics = grpo_update(
@@ -310,6 +313,11 @@ class Learner:
             metrics = merge(rows.metrics, _learner_flops(**passes))
             scored.append(dataclasses.replace(rows, batch=batch, metrics=metrics))
         return scored, gap
+
+    def _normalised(self, rows: UpdateRows) -> UpdateRows:
+        """`rows` whose importance weights have a mean of 1 over the update."""
+        advantages = normalised_advantages(self._on_device(rows.batch), self.algorithm)
+        return dataclasses.replace(rows, batch=dataclasses.replace(rows.batch, advantages=advantages))
 
     def _score(self, params: Params, rows: UpdateRows) -> jax.Array:
         return score(params, self._on_device(rows.batch), rows.num_microbatches, arch=self.arch, compute=self.compute)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rljax.config import AlgorithmConfig
 from rljax.metrics import Max, Metric, Sum, WeightedMean
 from rljax.rl.correction import SEQUENCE_CORRECTIONS, behaviour_weights
-from rljax.rl.sequences import sequence_ids, sequence_mean
+from rljax.rl.sequences import num_sequences, sequence_ids, sequence_mean
 from rljax.types import TrainBatch
 
 MAX_LOG_RATIO = 20.0
@@ -123,7 +123,19 @@ SEQUENCE_LOSSES = {"gspo"}
 
 def is_by_token(algorithm: AlgorithmConfig) -> bool:
     """Whether `grpo_loss` of a batch is the sum of those of its parts, wherever completions are cut."""
-    return algorithm.loss not in SEQUENCE_LOSSES and algorithm.correction not in SEQUENCE_CORRECTIONS
+    of_sequences = algorithm.loss in SEQUENCE_LOSSES or algorithm.correction in SEQUENCE_CORRECTIONS
+    return not of_sequences and algorithm.off_policy_mask == 0
+
+
+def is_off_policy(inputs: LossInputs, threshold: float) -> jax.Array:
+    """[B, T] bool: A < 0, and the mean of log mu - log pi over the sequence is above `threshold`.
+
+    mu is the sampler and pi the policy as it is now, so earlier updates on the batch count as much as the sampler's
+    arithmetic (DeepSeek-V3.2, arXiv:2512.02556, equation 9; TRL's `off_policy_mask_threshold`, slime's `--use-opsm`).
+    """
+    behind = inputs.behaviour_logprobs - jax.lax.stop_gradient(inputs.logprobs)
+    mean = sequence_mean(behind, inputs.mask, inputs.sequences)
+    return inputs.mask & (inputs.advantages < 0) & (mean > threshold)
 
 
 # ------------------------------------------------------------------------------------------------------------------ KL
@@ -217,6 +229,12 @@ def grpo_loss(
         gap = inputs.old_logprobs - inputs.behaviour_logprobs
         correction, metrics = behaviour_weights(gap, mask, inputs.sequences, algorithm)
         token_loss = token_loss * correction
+    if algorithm.off_policy_mask > 0:
+        dropped = is_off_policy(inputs, algorithm.off_policy_mask)
+        token_loss = jnp.where(dropped, 0.0, token_loss)
+        metrics["policy/off_policy_dropped_fraction"] = WeightedMean(
+            num_sequences(dropped, inputs.sequences), num_sequences(mask, inputs.sequences)
+        )
     policy = jnp.sum(jnp.where(mask, token_loss, 0.0) * batch.weights)
     count = jnp.sum(mask, dtype=jnp.float32)
 

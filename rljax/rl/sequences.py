@@ -28,3 +28,9 @@ def sequence_mean(values: jax.Array, mask: jax.Array, sequences: jax.Array) -> j
     """[B, T]: at every token the mean of `values` over the tokens of its sequence in `mask`; 0 where there is none."""
     total = sequence_sum(jnp.where(mask, values, 0.0), sequences)
     return total / jnp.maximum(sequence_sum(mask.astype(values.dtype), sequences), 1.0)
+
+
+def num_sequences(mask: jax.Array, sequences: jax.Array) -> jax.Array:
+    """[] float32: how many sequences have a token in `mask` [B, T]."""
+    lengths = sequence_sum(mask.astype(jnp.float32), sequences)
+    return jnp.sum(jnp.where(mask, 1 / jnp.maximum(lengths, 1.0), 0.0))

@@ -69,9 +69,15 @@ def correction(old, mu, o) -> list[float]:
             "sequence_truncate": min(product, high),
             "sequence_mask": product if low <= product <= high else 0.0,
             "geometric_mask": float(low <= mean <= high),
+            "error_mask": float(np.mean(np.exp(abs(old - mu))) <= high),
         }[o.correction]
         for r in ratios
     ]
+
+
+def is_off_policy(frozen, mu, advantage: float, o) -> bool:
+    """Of one completion: whether it has no policy loss."""
+    return o.off_policy_mask > 0 and advantage < 0 and np.mean(mu - frozen) > o.off_policy_mask
 
 
 def kl(lp: float, frozen: float, reference: float, estimator: str) -> float:

@@ -71,8 +71,18 @@ def test_opo_weighs_the_baseline_by_length() -> None:
     np.testing.assert_allclose(got, [[0.75, -0.25]])
 
 
-def test_clipped_advantages() -> None:
-    np.testing.assert_allclose(advantages(ONE_OF_FOUR, "dr_grpo", clip=0.5), [[0.5, -0.25, -0.25, -0.25]])
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 0.5, [0.5, -0.25, -0.25, -0.25]),
+        (0.1, 0.0, [0.75, -0.1, -0.1, -0.1]),
+        (0.2, 0.6, [0.6, -0.2, -0.2, -0.2]),
+        (1.0, 1.0, [0.75, -0.25, -0.25, -0.25]),
+        (0.0, 0.0, [0.75, -0.25, -0.25, -0.25]),
+    ],
+)
+def test_the_two_bounds_of_an_advantage(low: float, high: float, expected: list[float]) -> None:
+    np.testing.assert_allclose(advantages(ONE_OF_FOUR, "dr_grpo", clip_low=low, clip_high=high)[0], expected)
 
 
 def test_the_first_groups_with_a_spread_are_trained_on() -> None:

@@ -100,7 +100,8 @@ def test_which_losses_are_sums_over_tokens() -> None:
     assert is_by_token(AlgorithmConfig(loss="clip", correction="token_truncate"))
     assert is_by_token(AlgorithmConfig(loss="cispo"))
     assert not is_by_token(AlgorithmConfig(loss="gspo"))
-    for correction in ("sequence_truncate", "sequence_mask", "geometric_mask"):
+    assert not is_by_token(AlgorithmConfig(off_policy_mask=1e-4))
+    for correction in ("sequence_truncate", "sequence_mask", "geometric_mask", "error_mask"):
         assert not is_by_token(AlgorithmConfig(correction=correction))
 
 

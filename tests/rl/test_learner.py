@@ -89,6 +89,21 @@ def test_parts_joined_are_the_whole() -> None:
     assert select_prompts(joined, [1]).prompts.records == select_prompts(whole, [1]).prompts.records
 
 
+def test_importance_weights_of_mean_one(tiny, tiny_params, mesh) -> None:
+    """At a first update every ratio is 1: the policy loss is that of plain weights over their mean, the KL the same."""
+    options = {"updates_per_step": 1, "correction": "token_truncate", "correction_high": 3.0}
+    plain = make_learner(tiny_params, tiny, mesh, **options).step(make_rollouts(), some_advantages())
+    learner = make_learner(tiny_params, tiny, mesh, **options, correction_normalise=True)
+    normal = learner.step(make_rollouts(), some_advantages())
+    gap = learner.score(tiny_params, make_rollouts()) - make_rollouts().behaviour_logprobs
+    inside = np.arange(14) < make_rollouts().lengths[:, None]
+    mean = np.exp(gap[inside].astype(np.float64)).clip(max=3.0).mean()
+    assert plain["policy/correction_mean"].value() == pytest.approx(mean, rel=1e-4) and abs(mean - 1) > 0.1
+    assert normal["policy/loss"].value() == pytest.approx(plain["policy/loss"].value() / mean, rel=1e-4)
+    assert normal["policy/grad_norm"].value() == pytest.approx(plain["policy/grad_norm"].value() / mean, rel=1e-4)
+    assert normal["policy/correction_mean"].value() == plain["policy/correction_mean"].value()
+
+
 # ----------------------------------------------------------------------------------------------------- moving reference
 
 

@@ -1,5 +1,6 @@
 """Every named part of the objective against the oracle: value and gradient, in rows that hold several completions."""
 
+import dataclasses
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from rljax.config import AlgorithmConfig
 from rljax.rl.advantages import ADVANTAGES, group_advantages
 from rljax.rl.aggregation import AGGREGATIONS, UpdateLengths, token_weights
-from rljax.rl.correction import CORRECTIONS
+from rljax.rl.correction import CORRECTIONS, SEQUENCE_CORRECTIONS, normalised_advantages
 from rljax.rl.losses import KL_ESTIMATORS, LOSSES, grpo_loss
 from rljax.rl.sequences import sequence_ids, sequence_mean, sequence_sum
 from rljax.types import TrainBatch
@@ -82,6 +83,8 @@ def expected_loss(
         old = fixed if o.old_logprobs == "current" else np.asarray(batch.old_logprobs[row, where], np.float64)
         losses = oracle.policy_loss(lp, fixed, old, mu, ADVANTAGE[prompt, g], o)
         corrections = oracle.correction(old, mu, o)
+        if oracle.is_off_policy(fixed, mu, ADVANTAGE[prompt, g], o):
+            corrections = [0.0] * len(corrections)
         weight = np.asarray(batch.weights[row, where], np.float64)
         for t in range(len(lp)):
             penalty = o.kl_coefficient * oracle.kl(lp[t], fixed[t], reference[t], o.kl_estimator)
@@ -106,7 +109,14 @@ CASES = {
     "KL in the reward": {"kl_coefficient": 0.3, "kl_in": "reward"},
     **{f"correction {name}": {"correction": name, "correction_high": 1.4} for name in allowed("correction")},
     "geometric mask": {"correction": "geometric_mask", "correction_low": 0.75, "correction_high": 1.4},
+    "TRL's sequence mask": {"correction": "sequence_mask", "correction_low": 0.0, "correction_high": 3.0},
     "decoupled PPO": {"correction": "token_truncate", "correction_high": 5.0, "clip_high": 0.4},
+    **{
+        f"off-policy mask, {name}": {"loss": name, "off_policy_mask": 0.05, "kl_coefficient": 0.3}
+        for name in allowed("loss")
+    },
+    "off-policy mask against the policy of now": {"off_policy_mask": 0.05, "old_logprobs": "current"},
+    "off-policy mask and a correction": {"off_policy_mask": 0.05, "correction": "token_truncate"},
     "entropy": {"entropy_coefficient": 0.2},
     **{f"aggregation {name}": {"aggregation": name} for name in allowed("aggregation")},
 }
@@ -139,6 +149,24 @@ def test_value_and_gradient_are_the_oracles(name: str) -> None:
     np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(entropy_slope, -algorithm.entropy_coefficient * np.asarray(batch.weights), rtol=1e-6)
     assert np.abs(expected).max() > 1e-3 or algorithm.aggregation == "constant"
+
+
+@pytest.mark.parametrize(("threshold", "dropped"), [(0.01, [1, 3]), (0.1, [1]), (0.5, [])])
+def test_completions_far_from_the_sampler_are_dropped_and_counted(threshold: float, dropped: list[int]) -> None:
+    """Only those with A < 0 that the sampler found likelier than the policy does, by more than the threshold."""
+    algorithm = AlgorithmConfig(off_policy_mask=threshold, kl_coefficient=0.0, loss="cispo")
+    batch, places, logprobs = make_batch(algorithm)
+    behaviour = np.array(batch.behaviour_logprobs)
+    for (row, where, *_), above in zip(places, [0.3, 0.3, 0.3, 0.02, -0.3, 0.3], strict=True):
+        behaviour[row, where] = logprobs[row, where] + above
+    batch = dataclasses.replace(batch, behaviour_logprobs=behaviour)
+    slope, metrics = jax.grad(lambda x: grpo_loss(x, 0 * x, batch, algorithm), has_aux=True)(jnp.array(logprobs))
+    gone = [n for n, (row, where, *_) in enumerate(places) if not np.asarray(slope)[row, where].any()]
+    assert gone == dropped
+    share = metrics["policy/off_policy_dropped_fraction"]
+    assert (float(share.total), float(share.weight)) == pytest.approx((len(dropped), 6), abs=1e-5)
+    off = dataclasses.replace(algorithm, off_policy_mask=0.0)
+    assert "policy/off_policy_dropped_fraction" not in grpo_loss(jnp.array(logprobs), 0 * logprobs, batch, off)[1]
 
 
 def test_every_choice_of_the_config_exists_and_is_tested() -> None:
@@ -264,6 +292,55 @@ def test_truncated_importance_weights() -> None:
     gap = jnp.array([[-1.0, 0.5, 1.5]])
     weight = CORRECTIONS["token_truncate"](gap, jnp.ones((1, 3), bool), jnp.zeros((1, 3), jnp.int32), (0.0, 2.0))
     np.testing.assert_allclose(weight, [[0.367879, 1.648721, 2.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds", "expected"),
+    [
+        ("sequence_mask", (0.0, 3.0), [0.25, 0.25, 0.0, 0.0]),  # TRL's default: products 0.25 and 4
+        ("sequence_mask", (0.5, 2.0), [0.0, 0.0, 0.0, 0.0]),
+        ("geometric_mask", (0.5, 1.5), [1.0, 1.0, 0.0, 0.0]),  # geometric means 0.5 and 2
+        ("error_mask", (0.0, 2.1), [1.0, 1.0, 0.0, 0.0]),  # (2 + 2) / 2 and (8 + 2) / 2
+        ("error_mask", (9.0, 5.1), [1.0, 1.0, 1.0, 1.0]),  # the low bound has no part
+    ],
+)
+def test_masks_of_two_completions(name: str, bounds: tuple[float, float], expected: list[float]) -> None:
+    """Ratios 1/2, 1/2 of the first and 8, 1/2 of the second, in one row."""
+    gap, ids = jnp.log(jnp.array([[0.5, 0.5, 8.0, 0.5]])), jnp.array([[0, 0, 1, 1]])
+    np.testing.assert_allclose(CORRECTIONS[name](gap, jnp.ones((1, 4), bool), ids, bounds), [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in allowed("correction") if name != "off"])
+def test_weights_of_mean_one(name: str) -> None:
+    """Advantages over the update's mean weight: the loss of weights w / mean(w), split into micro-batches or not."""
+    algorithm = AlgorithmConfig(correction=name, correction_high=1.4, kl_coefficient=0.3)  # type: ignore[arg-type]
+    batch, places, logprobs = make_batch(algorithm)
+    weights = []
+    for row, where, *_ in places:
+        old, mu = (np.asarray(x[row, where], np.float64) for x in (batch.old_logprobs, batch.behaviour_logprobs))
+        mine = oracle.correction(old, mu, algorithm)
+        weights += mine[:1] if name in SEQUENCE_CORRECTIONS else mine
+    for split in (1, 2):
+        rows = jax.tree.map(lambda x: jnp.asarray(x).reshape(split, 2 // split, -1), batch)  # noqa: B023
+        scaled = normalised_advantages(rows, algorithm).reshape(batch.advantages.shape)
+        inside = np.asarray(batch.loss_mask)
+        np.testing.assert_allclose(
+            np.asarray(scaled)[inside], np.asarray(batch.advantages)[inside] / np.mean(weights), rtol=1e-5
+        )
+        plain, metrics = grpo_loss(jnp.array(logprobs), jnp.zeros(logprobs.shape), batch, algorithm)
+        normal, of_normal = grpo_loss(
+            jnp.array(logprobs), jnp.zeros(logprobs.shape), dataclasses.replace(batch, advantages=scaled), algorithm
+        )
+        policy, of_policy = metrics["policy/loss"].value(), of_normal["policy/loss"].value()
+        assert of_policy == pytest.approx(policy / np.mean(weights), rel=1e-5)
+        assert float(normal) - of_policy == pytest.approx(float(plain) - policy, rel=1e-5)  # the KL is as it was
+
+
+def test_weights_that_are_all_zero_stay_so() -> None:
+    algorithm = AlgorithmConfig(correction="error_mask", correction_low=0.0, correction_high=0.5)
+    batch = make_batch(algorithm)[0]
+    rows = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+    np.testing.assert_array_equal(normalised_advantages(rows, algorithm)[0], batch.advantages)
 
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3", "k1+", "k3+"])
