@@ -204,7 +204,7 @@ class RewardConfig:
     """Run programs in completions (HumanEval) where the sandbox, bubblewrap, does not work. They can then do whatever
     this user can."""
     timeout_seconds: float = 10.0
-    """Wall-clock limit per completion; an overrun is counted, and is no reward in training (in mode paper 0)."""
+    """Wall-clock limit per completion; an overrun scores 0 and is counted."""
     workers: int = 2
     """Worker processes."""
     overlong_buffer_tokens: int = 0

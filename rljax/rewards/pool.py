@@ -64,8 +64,12 @@ class Verdict:
 
     @property
     def is_failure(self) -> bool:
-        """The verifier failed, so that the 0 says nothing of the completion; of an unparseable one it does."""
-        return self.status in ("error", "timeout", "crashed")
+        """The verifier failed, so that the 0 says nothing of the completion.
+
+        One that was hung or brought down was so by what it read: were that no reward instead of 0, a policy that cannot
+        solve a problem would do better to hang its verifier.
+        """
+        return self.status == "error"
 
 
 def summarise(verdicts: Sequence[Verdict]) -> dict[str, float]:
