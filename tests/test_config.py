@@ -343,7 +343,12 @@ def test_group_of_one() -> None:
         ),
         ({"correction_normalise": True}, r"correction_normalise = true .*'off'.*; set a correction and old_logprobs ="),
         (
-            {"correction_normalise": True, "correction": "token_mask", "old_logprobs": "current", "updates_per_step": 1},
+            {
+                "correction_normalise": True,
+                "correction": "token_mask",
+                "old_logprobs": "current",
+                "updates_per_step": 1,
+            },
             r"correction_normalise = true .*'current': the mean is of the weights of a whole update",
         ),
         ({"correction_low": 3.0}, r"correction_low = 3.0 is above .*correction_high = 2.0"),

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
 from rljax.costs import FlopCount, forward_count, group_tokens
 from rljax.mesh import microbatch_sharding, num_row_shards, replicated
-from rljax.metrics import Metric, Sum, WeightedMean, merge
+from rljax.metrics import Max, Metric, Min, Sum, WeightedMean, merge
 from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
 from rljax.rl.advantages import has_spread
@@ -218,7 +218,8 @@ class Learner:
                     # Later updates no longer hold the parameters that sampled.
                     gap = gap or {name: metrics[name] for name in metrics if name.startswith("policy/behaviour_")}
                 merged = merge(merged, merge(metrics, rows.metrics))
-        return merged | gap
+        lengths = rollouts.lengths.reshape(advantages.shape)
+        return merged | gap | advantage_metrics(advantages, lengths)
 
     def move_reference(self, step: int) -> None:
         """After `step` (1, 2, ...): lets the reference follow the policy as `algorithm.reference_update` says."""
@@ -362,7 +363,9 @@ def group_metrics(rewards: np.ndarray) -> dict[str, float]:
     """Of rewards [P, G]: what they are, how far they differ, and the share of groups from which nothing can be learnt.
 
     `reward/std` is of all rewards, `reward/group_std` the mean over groups of their own, ddof 1 as in the advantages.
+    Groups are all 0, all 1, or mixed (prime-rl's `solved_none`, `solved_all`, `solved_some`).
     """
+    all_zero, all_one = float(np.mean(rewards.max(axis=1) <= 0)), float(np.mean(rewards.min(axis=1) >= 1))
     within = rewards.std(axis=1, ddof=min(rewards.shape[1] - 1, 1), dtype=np.float64)  # of a single reward: 0
     return {
         "reward/mean": float(rewards.mean(dtype=np.float64)),
@@ -371,4 +374,17 @@ def group_metrics(rewards: np.ndarray) -> dict[str, float]:
         "reward/max": float(rewards.max()),
         "reward/group_std": float(within.mean()),
         "reward/zero_spread_group_fraction": float(np.mean(~has_spread(rewards))),
+        "reward/all_zero_group_fraction": all_zero,
+        "reward/all_one_group_fraction": all_one,
+        "reward/mixed_group_fraction": 1 - all_zero - all_one,
+    }
+
+
+def advantage_metrics(advantages: np.ndarray, lengths: np.ndarray) -> dict[str, Metric]:
+    """Of advantages [P, G] of completions of `lengths` [P, G] that count: the mean is over their tokens, as verl's."""
+    counted = advantages[lengths > 0]
+    return {
+        "advantage/mean": WeightedMean(float((advantages * lengths).sum(dtype=np.float64)), int(lengths.sum())),
+        "advantage/min": Min(float(counted.min(initial=np.inf))),
+        "advantage/max": Max(float(counted.max(initial=-np.inf)) if counted.size else 0.0),
     }
