@@ -1,6 +1,6 @@
 """Numbers of a run: how they merge, and where they go.
 
-A metric's type says how it merges (`WeightedMean`, `Sum`, `Max`, `Min`), never its name. Names are
+A metric's type says how it merges (`WeightedMean`, `Sum`, `Max`, `Min`, ...), never its name. Names are
 `area/quantity_unit`: `reward/mean`, `time/sample_seconds`. `metrics.jsonl`, `curves.csv` and `rollouts/` are always
 written, by process 0; TensorBoard and W&B are extras that can fail without stopping the run.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+import operator
 import os
 import sys
 import time
@@ -64,6 +65,68 @@ class Sum:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Spread:
+    """A standard deviation kept as its sums (ddof 1, as torch's); 0.0 of fewer than two values."""
+
+    total: Scalar
+    squares: Scalar
+    count: Scalar
+
+    def __add__(self, other: "Spread") -> "Spread":
+        return jax.tree.map(operator.add, self, other)
+
+    def value(self) -> float:
+        total, squares, count = float(self.total), float(self.squares), float(self.count)
+        return math.sqrt(max(squares - total**2 / count, 0.0) / (count - 1)) if count > 1 else 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """Pearson's of x and y kept as its sums; 0.0 where one of them does not vary.
+
+    In float32 good to 1e-6 times mean^2 / variance.
+    """
+
+    x: Scalar
+    y: Scalar
+    xx: Scalar
+    yy: Scalar
+    xy: Scalar
+    count: Scalar
+
+    def __add__(self, other: "Correlation") -> "Correlation":
+        return jax.tree.map(operator.add, self, other)
+
+    def value(self) -> float:
+        x, y, xx, yy, xy, count = (float(getattr(self, field.name)) for field in dataclasses.fields(self))
+        if not count:
+            return 0.0
+        of_x, of_y = xx - x * x / count, yy - y * y / count
+        if of_x <= 0 or of_y <= 0:
+            return 0.0
+        return max(-1.0, min((xy - x * y / count) / math.sqrt(of_x * of_y), 1.0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EffectiveShare:
+    """Effective sample size of weights w over their number, sum(w)^2 / (n sum(w^2)): 1 where all are the same."""
+
+    total: Scalar
+    squares: Scalar
+    count: Scalar
+
+    def __add__(self, other: "EffectiveShare") -> "EffectiveShare":
+        return jax.tree.map(operator.add, self, other)
+
+    def value(self) -> float:
+        divisor = float(self.count) * float(self.squares)
+        return float(self.total) ** 2 / divisor if divisor else 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Max:
     """The largest; a NaN anywhere stays NaN."""
 
@@ -79,7 +142,7 @@ class Max:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Min:
-    """The smallest; a NaN anywhere stays NaN."""
+    """The smallest, infinity before anything was counted; a NaN anywhere stays NaN."""
 
     amount: Scalar
 
@@ -87,15 +150,26 @@ class Min:
         return Min(_library(self.amount, other.amount).minimum(self.amount, other.amount))
 
     def value(self) -> float:
-        return float(self.amount)
+        """The amount, on the host; 0.0 when nothing was counted."""
+        return 0.0 if float(self.amount) == math.inf else float(self.amount)
 
 
-Metric = WeightedMean | Sum | Max | Min
+Metric = WeightedMean | Spread | Correlation | EffectiveShare | Sum | Max | Min
 
 
 def _library(*amounts: Scalar) -> Any:
     """jax.numpy if any amount lives on a device or is traced, else numpy: host numbers stay on the host."""
     return jax.numpy if any(isinstance(a, jax.Array) for a in amounts) else np
+
+
+def nothing_counted(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Of the shapes of `metrics`, and such that merging with it changes nothing (a `Max` is of numbers from 0)."""
+
+    def empty(metric: Metric) -> Metric:
+        fill = math.inf if isinstance(metric, Min) else 0
+        return jax.tree.map(lambda leaf: jax.numpy.full(leaf.shape, fill, leaf.dtype), metric)
+
+    return {name: empty(metric) for name, metric in metrics.items()}
 
 
 def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]:
@@ -147,59 +221,90 @@ class PhaseTimer:
 ALIASES: dict[str, dict[str, str]] = {
     "none": {},
     "verl": {
-        "reward/mean": "critic/score/mean",
-        "reward/min": "critic/score/min",
-        "reward/max": "critic/score/max",
-        "completion/length_tokens": "response_length/mean",
-        "completion/length_min_tokens": "response_length/min",
-        "completion/length_max_tokens": "response_length/max",
-        "completion/truncated_fraction": "response_length/clip_ratio",
-        "policy/loss": "actor/pg_loss",
-        "policy/entropy": "actor/entropy",
-        "policy/reference_kl": "actor/kl_loss",
-        "policy/old_kl": "actor/ppo_kl",
-        "policy/clip_fraction": "actor/pg_clipfrac",
-        "policy/grad_norm": "actor/grad_norm",
-        "policy/learning_rate": "actor/lr",
-        "policy/behaviour_kl": "rollout_corr/k3_kl",
-        "throughput/tokens_per_second_per_device": "perf/throughput",
-        "throughput/update_mfu": "perf/mfu/actor",
-        "memory/device_peak_gib": "perf/max_memory_allocated_gb",
-        "time/step_seconds": "perf/time_per_step",
-        "time/sample_seconds": "timing_s/gen",
-        "time/reward_seconds": "timing_s/reward",
-        "time/update_seconds": "timing_s/update_actor",
-        "time/sync_seconds": "timing_s/update_weights",
-        "time/evaluate_seconds": "timing_s/testing",
-        "time/checkpoint_seconds": "timing_s/save_checkpoint",
+        "critic/score/mean": "reward/mean",
+        "critic/score/min": "reward/min",
+        "critic/score/max": "reward/max",
+        "critic/advantages/mean": "advantage/mean",
+        "critic/advantages/min": "advantage/min",
+        "critic/advantages/max": "advantage/max",
+        "critic/returns/mean": "advantage/mean",
+        "critic/returns/min": "advantage/min",
+        "critic/returns/max": "advantage/max",
+        "prompt_length/mean": "prompt/length_tokens",
+        "prompt_length/min": "prompt/length_min_tokens",
+        "prompt_length/max": "prompt/length_max_tokens",
+        "response_length/mean": "completion/length_tokens",
+        "response_length/min": "completion/length_min_tokens",
+        "response_length/max": "completion/length_max_tokens",
+        "response_length/clip_ratio": "completion/truncated_fraction",
+        "actor/pg_loss": "policy/loss",
+        "actor/entropy": "policy/entropy",
+        "actor/kl_loss": "policy/reference_kl",
+        "actor/ppo_kl": "policy/old_kl",
+        "actor/pg_clipfrac": "policy/clip_fraction",
+        "actor/pg_clipfrac_lower": "policy/dual_clip_fraction",
+        "actor/grad_norm": "policy/grad_norm",
+        "actor/lr": "policy/learning_rate",
+        "training/rollout_probs_diff_mean": "policy/behaviour_probability_gap_mean",
+        "training/rollout_probs_diff_max": "policy/behaviour_probability_gap_max",
+        "training/rollout_probs_diff_std": "policy/behaviour_probability_gap_std",
+        "training/rollout_actor_probs_pearson_corr": "policy/behaviour_correlation",
+        "rollout_corr/kl": "policy/behaviour_kl_k1",
+        "rollout_corr/k3_kl": "policy/behaviour_kl",
+        "rollout_corr/chi2_token": "policy/behaviour_chi2",
+        "rollout_corr/rollout_is_mean": "policy/behaviour_ratio_mean",
+        "rollout_corr/rollout_is_min": "policy/behaviour_ratio_min",
+        "rollout_corr/rollout_is_max": "policy/behaviour_ratio_max",
+        "rollout_corr/rollout_is_eff_sample_size": "policy/behaviour_effective_fraction",
+        "rollout_corr/rollout_rs_masked_fraction": "policy/correction_dropped_fraction",
+        "perf/throughput": "throughput/tokens_per_second_per_device",
+        "perf/mfu/actor": "throughput/update_mfu",
+        "perf/max_memory_allocated_gb": "memory/device_peak_gib",
+        "perf/time_per_step": "time/step_seconds",
+        "timing_s/step": "time/step_seconds",
+        "timing_s/gen": "time/sample_seconds",
+        "timing_s/reward": "time/reward_seconds",
+        "timing_s/update_actor": "time/update_seconds",
+        "timing_s/update_weights": "time/sync_seconds",
+        "timing_s/testing": "time/evaluate_seconds",
+        "timing_s/save_checkpoint": "time/checkpoint_seconds",
     },
     "trl": {
-        "reward/mean": "reward",
-        "reward/group_std": "reward_std",
-        "reward/zero_spread_group_fraction": "frac_reward_zero_std",
-        "completion/length_tokens": "completions/mean_length",
-        "completion/length_min_tokens": "completions/min_length",
-        "completion/length_max_tokens": "completions/max_length",
-        "completion/truncated_fraction": "completions/clipped_ratio",
-        "policy/objective": "loss",
-        "policy/entropy": "entropy",
-        "policy/reference_kl": "kl",
-        "policy/clip_fraction": "clip_ratio/region_mean",
-        "policy/clip_low_fraction": "clip_ratio/low_mean",
-        "policy/clip_high_fraction": "clip_ratio/high_mean",
-        "policy/grad_norm": "grad_norm",
-        "policy/learning_rate": "learning_rate",
-        "policy/behaviour_gap_mean": "sampling/sampling_logp_difference/mean",
-        "policy/behaviour_gap_max": "sampling/sampling_logp_difference/max",
-        "progress/sampled_tokens": "num_tokens",
-        "time/step_seconds": "step_time",
-        "eval/pass@1": "eval_reward",
+        "reward": "reward/mean",
+        "reward_std": "reward/group_std",
+        "frac_reward_zero_std": "reward/zero_spread_group_fraction",
+        "completions/mean_length": "completion/length_tokens",
+        "completions/min_length": "completion/length_min_tokens",
+        "completions/max_length": "completion/length_max_tokens",
+        "completions/mean_terminated_length": "completion/stopped_length_tokens",
+        "completions/min_terminated_length": "completion/stopped_length_min_tokens",
+        "completions/max_terminated_length": "completion/stopped_length_max_tokens",
+        "completions/clipped_ratio": "completion/truncated_fraction",
+        "loss": "policy/objective",
+        "entropy": "policy/entropy",
+        "kl": "policy/reference_kl",
+        "clip_ratio/region_mean": "policy/clip_fraction",
+        "clip_ratio/low_mean": "policy/clip_low_fraction",
+        "clip_ratio/high_mean": "policy/clip_high_fraction",
+        "grad_norm": "policy/grad_norm",
+        "learning_rate": "policy/learning_rate",
+        "sampling/sampling_logp_difference/mean": "policy/behaviour_gap_mean",
+        "sampling/sampling_logp_difference/max": "policy/behaviour_gap_max",
+        "sampling/importance_sampling_ratio/min": "policy/correction_min",
+        "sampling/importance_sampling_ratio/mean": "policy/correction_mean",
+        "sampling/importance_sampling_ratio/max": "policy/correction_max",
+        "num_tokens": "progress/sampled_tokens",
+        "step_time": "time/step_seconds",
+        "eval_reward": "eval/pass@1",
     },
 }
-"""Our name -> the one that people know from verl or TRL, by `logging.aliases`; only where it is the same quantity.
+"""The name that people know from verl or TRL -> ours, by `logging.aliases`; only where it is the same quantity.
 
 What differs in detail: our clip fractions include the dual clip; `time/update_seconds` includes rescoring, which verl
-times apart as `timing_s/old_log_prob` and `timing_s/ref`; `memory/device_peak_gib` is of the busiest device."""
+times apart as `timing_s/old_log_prob` and `timing_s/ref`; `memory/device_peak_gib` is of the busiest device; ratios of
+learner to sampler are of tokens whatever `algorithm.correction` is, and verl holds them within its threshold and the
+inverse of that for the effective sample size; a correction's weights are counted by token, TRL's of whole completions
+by completion."""
 
 # -------------------------------------------------------------------------------------------------------------- files
 
@@ -297,7 +402,7 @@ class MetricSink:
             return
         assert step > self._last_step, f"step {step} logged after step {self._last_step}; one object per step, in order"
         self._last_step = step
-        metrics = {**metrics, **{alias: metrics[name] for name, alias in self._aliases.items() if name in metrics}}
+        metrics = {**metrics, **{alias: metrics[name] for alias, name in self._aliases.items() if name in metrics}}
         row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
         self._metrics.write(json.dumps(row) + "\n")
         for name, extra in list(self._extras.items()):

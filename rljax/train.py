@@ -431,10 +431,19 @@ def _step(run: Run, step: int) -> dict[str, float]:
 
 
 def _length_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Of prompts, completions, and those completions that were not cut at the cap (0 where all were)."""
+    prompts, stopped = rollouts.prompts.lengths, rollouts.lengths[rollouts.stop_reasons != LENGTH]
+    stopped = stopped if stopped.size else np.zeros(1, int)
     return {
+        "prompt/length_tokens": float(prompts.mean()),
+        "prompt/length_min_tokens": float(prompts.min()),
+        "prompt/length_max_tokens": float(prompts.max()),
         "completion/length_tokens": float(rollouts.lengths.mean()),
         "completion/length_min_tokens": float(rollouts.lengths.min()),
         "completion/length_max_tokens": float(rollouts.lengths.max()),
+        "completion/stopped_length_tokens": float(stopped.mean()),
+        "completion/stopped_length_min_tokens": float(stopped.min()),
+        "completion/stopped_length_max_tokens": float(stopped.max()),
         "completion/truncated_fraction": float(np.mean(rollouts.stop_reasons == LENGTH)),
     }
 

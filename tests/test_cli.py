@@ -753,7 +753,9 @@ def test_a_run_killed_between_checkpoints_ends_the_same(unbroken: Path, place: P
 @pytest.mark.parametrize("library", ["verl", "trl"])
 def test_every_alias_is_of_a_metric_that_a_run_writes(stopped: Path, library: str) -> None:
     accelerators_only = {"throughput/update_mfu", "memory/device_peak_gib"}
-    assert set(ALIASES[library]) - set(metrics_of(stopped)[2]) <= accelerators_only
+    of_corrections = {f"policy/correction_{name}" for name in ("min", "mean", "max", "dropped_fraction")}
+    missing = set(ALIASES[library].values()) - set(metrics_of(stopped)[2])
+    assert missing <= accelerators_only | of_corrections
 
 
 def test_metrics_of_a_step_agree_with_its_completions(stopped: Path) -> None:
@@ -764,6 +766,14 @@ def test_metrics_of_a_step_agree_with_its_completions(stopped: Path) -> None:
         assert row["completion/length_tokens"] == np.mean(lengths)
         assert row["completion/length_min_tokens"] == min(lengths)
         assert row["completion/length_max_tokens"] == max(lengths)
+        completions = [json.loads(line) for line in lines]
+        ended = [c["tokens"] for c in completions if c["stop_reason"] == "stop"] or [0]
+        for name, value in (("", np.mean(ended)), ("_min", min(ended)), ("_max", max(ended))):
+            assert row[f"completion/stopped_length{name}_tokens"] == value
+        rewards = np.array([c["reward"] for c in completions]).reshape(-1, 4)
+        assert row["reward/all_zero_group_fraction"] == np.mean((rewards == 0).all(axis=1))
+        assert row["reward/all_one_group_fraction"] == np.mean((rewards == 1).all(axis=1))
+        assert 1 <= row["prompt/length_min_tokens"] <= row["prompt/length_tokens"] <= row["prompt/length_max_tokens"]
         assert row["throughput/sampled_tokens_per_second"] * row["time/sample_seconds"] == pytest.approx(sum(lengths))
         assert row["throughput/trained_tokens_per_second"] * row["time/update_seconds"] == pytest.approx(sum(lengths))
         assert not any(name.startswith("dynamic_sampling/") for name in row)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig
-from rljax.metrics import Max, Metric, WeightedMean
+from rljax.metrics import EffectiveShare, Max, Metric, Min, WeightedMean
 from rljax.rl.sequences import sequence_ids, sequence_mean, sequence_sum
 from rljax.types import TrainBatch
 
@@ -92,12 +92,14 @@ def behaviour_weights(
     bounds = algorithm.correction_low, algorithm.correction_high
     weight = CORRECTIONS[algorithm.correction](gap, mask, sequences, bounds)
     weight = jax.lax.stop_gradient(jnp.where(mask, weight, 0.0))
-    count = jnp.sum(mask, dtype=jnp.float32)
+    count, total = jnp.sum(mask, dtype=jnp.float32), jnp.sum(weight)
     dropped = jnp.sum(mask & (weight == 0), dtype=jnp.float32)
     return weight, {
-        "policy/correction_mean": WeightedMean(jnp.sum(weight), count),
+        "policy/correction_mean": WeightedMean(total, count),
+        "policy/correction_min": Min(jnp.min(jnp.where(mask, weight, jnp.inf))),
         "policy/correction_max": Max(jnp.max(weight)),
         "policy/correction_dropped_fraction": WeightedMean(dropped, count),
+        "policy/correction_effective_fraction": EffectiveShare(total, jnp.sum(weight**2), count),
     }
 
 

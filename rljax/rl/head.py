@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from rljax.config import Architecture
 from rljax.mesh import ROWS
-from rljax.metrics import Max, Metric, Min, merge
+from rljax.metrics import Max, Metric, Min, merge, nothing_counted
 from rljax.models.qwen2 import Params, head_params
 from rljax.models.scoring import (
     Lined,
@@ -118,7 +118,7 @@ class Head:
         _, metrics = jax.eval_shape(lambda: gradients(jnp.int32(0))[0])
         start = (
             jnp.float32(0),
-            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics),
+            nothing_counted(metrics),
             self._no_gradient(weights),
             jnp.zeros_like(states),
         )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
 from rljax.costs import FlopCount, forward_count, group_tokens
 from rljax.mesh import microbatch_sharding, num_row_shards, replicated
-from rljax.metrics import Metric, Sum, WeightedMean, merge
+from rljax.metrics import Max, Metric, Min, Sum, WeightedMean, merge
 from rljax.models.lora import attach
 from rljax.models.qwen2 import Params
 from rljax.rl.advantages import has_spread
@@ -220,7 +220,8 @@ class Learner:
                     # Later updates no longer hold the parameters that sampled.
                     gap = gap or {name: metrics[name] for name in metrics if name.startswith("policy/behaviour_")}
                 merged = merge(merged, merge(metrics, rows.metrics))
-        return merged | gap
+        lengths = rollouts.lengths.reshape(advantages.shape)
+        return merged | gap | advantage_metrics(advantages, lengths)
 
     def move_reference(self, step: int) -> None:
         """After `step` (1, 2, ...): lets the reference follow the policy as `algorithm.reference_update` says."""
@@ -366,6 +367,7 @@ def group_metrics(rewards: np.ndarray, judged: np.ndarray | None = None) -> dict
     """Of rewards [P, G]: what they are, how far they differ, and the share of groups from which nothing can be learnt.
 
     `reward/std` is of all rewards, `reward/group_std` the mean over groups of their own, ddof 1 as in the advantages.
+    Groups are all 0, all 1, or mixed (prime-rl's `solved_none`, `solved_all`, `solved_some`).
     `reward/missing_fraction` is the share that is not `judged` ([P, G] bool; None: all are), which no other counts.
     """
     there = np.ones(rewards.shape, bool) if judged is None else judged
@@ -377,6 +379,9 @@ def group_metrics(rewards: np.ndarray, judged: np.ndarray | None = None) -> dict
         dtype=np.float64,
         where=there[whole],
     )
+    known = there.any(axis=1)
+    all_zero = known & (rewards.max(axis=1, where=there, initial=-np.inf) <= 0)
+    all_one = known & (rewards.min(axis=1, where=there, initial=np.inf) >= 1)
     return {
         "reward/mean": float(given.mean(dtype=np.float64)),
         "reward/std": float(given.std(ddof=1, dtype=np.float64)) if given.size > 1 else 0.0,
@@ -384,5 +389,18 @@ def group_metrics(rewards: np.ndarray, judged: np.ndarray | None = None) -> dict
         "reward/max": float(given.max()),
         "reward/group_std": float(within.mean()) if within.size else 0.0,
         "reward/zero_spread_group_fraction": float(np.mean(~has_spread(rewards, there))),
+        "reward/all_zero_group_fraction": float(all_zero.mean()),
+        "reward/all_one_group_fraction": float(all_one.mean()),
+        "reward/mixed_group_fraction": float(np.mean(known & ~all_zero & ~all_one)),
         "reward/missing_fraction": float(np.mean(~there)),
+    }
+
+
+def advantage_metrics(advantages: np.ndarray, lengths: np.ndarray) -> dict[str, Metric]:
+    """Of advantages [P, G] of completions of `lengths` [P, G] that count: the mean is over their tokens, as verl's."""
+    counted = advantages[lengths > 0]
+    return {
+        "advantage/mean": WeightedMean(float((advantages * lengths).sum(dtype=np.float64)), int(lengths.sum())),
+        "advantage/min": Min(float(counted.min(initial=np.inf))),
+        "advantage/max": Max(float(counted.max(initial=-np.inf)) if counted.size else 0.0),
     }

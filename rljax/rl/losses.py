@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import AlgorithmConfig
-from rljax.metrics import Max, Metric, Sum, WeightedMean
+from rljax.metrics import Correlation, EffectiveShare, Max, Metric, Min, Spread, Sum, WeightedMean
 from rljax.rl.correction import SEQUENCE_CORRECTIONS, behaviour_weights
 from rljax.rl.sequences import num_sequences, sequence_ids, sequence_mean
 from rljax.types import TrainBatch
@@ -46,34 +46,33 @@ class LossInputs:
     """Number of the sequence a token belongs to (`rl/sequences.py`)."""
 
 
-PolicyLoss = Callable[[LossInputs, AlgorithmConfig], tuple[jax.Array, jax.Array]]
-"""(loss, clipped) [B, T]: the second says where the trust region, not the advantage, decides."""
+TokenLosses = tuple[jax.Array, jax.Array, jax.Array | bool]
+"""(loss, clipped, dual clipped) [B, T]: the second says where the trust region, not the advantage, decides; the third,
+where of those it was the dual clip."""
+PolicyLoss = Callable[[LossInputs, AlgorithmConfig], TokenLosses]
 
 
-def clipped_surrogate(
-    ratio: jax.Array, advantages: jax.Array, algorithm: AlgorithmConfig
-) -> tuple[jax.Array, jax.Array]:
+def clipped_surrogate(ratio: jax.Array, advantages: jax.Array, algorithm: AlgorithmConfig) -> TokenLosses:
     """max(-A rho, -A clip(rho, 1 - low, 1 + high)), at most -A * dual_clip for A < 0; and where a bound decided."""
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1 - algorithm.clip_low, 1 + algorithm.clip_high)
     loss = jnp.maximum(plain, clipped)
     is_clipped = clipped > plain
-    if algorithm.dual_clip > 0:
-        bound = -advantages * algorithm.dual_clip
-        below = (advantages < 0) & (bound < loss)
-        loss = jnp.where(below, bound, loss)
-        is_clipped = is_clipped | below
-    return loss, is_clipped
+    if algorithm.dual_clip == 0:
+        return loss, is_clipped, False
+    bound = -advantages * algorithm.dual_clip
+    below = (advantages < 0) & (bound < loss)
+    return jnp.where(below, bound, loss), is_clipped | below, below
 
 
-def clip_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[jax.Array, jax.Array]:
+def clip_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> TokenLosses:
     """PPO's clipped surrogate per token (arXiv:1707.06347) with dual clip (arXiv:1912.09729), as verl's
     `compute_policy_loss_vanilla`. A high bound above the low one is DAPO's clip-higher (arXiv:2503.14476); the dual
     clip is also the delta of INTELLECT-2's two-sided clip (arXiv:2505.07291)."""
     return clipped_surrogate(inputs.ratio, inputs.advantages, algorithm)
 
 
-def cispo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[jax.Array, jax.Array]:
+def cispo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> TokenLosses:
     """-sg(clip(rho, 1 - low, 1 + high)) A log pi (MiniMax-M1, arXiv:2506.13585): every token keeps a gradient.
 
     A cap c alone, as TRL's `epsilon_high` and ScaleRL write it, is clip_low 1 and clip_high c - 1. `dual_clip` has no
@@ -81,10 +80,10 @@ def cispo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[jax.Arra
     """
     bounded = jnp.clip(inputs.ratio, 1 - algorithm.clip_low, 1 + algorithm.clip_high)
     loss = -jax.lax.stop_gradient(bounded) * inputs.advantages * inputs.logprobs
-    return loss, bounded != inputs.ratio
+    return loss, bounded != inputs.ratio, False
 
 
-def gspo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[jax.Array, jax.Array]:
+def gspo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> TokenLosses:
     """The clipped surrogate of s = exp(mean over the sequence of log rho) (GSPO, arXiv:2507.18071, its token form).
 
     The token's ratio is sg(s) pi / sg(pi): its value is s for all tokens of a sequence, and the mean of their gradients
@@ -96,7 +95,7 @@ def gspo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[jax.Array
     return clipped_surrogate(ratio, inputs.advantages, algorithm)
 
 
-def dppo_mask_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[jax.Array, jax.Array]:
+def dppo_mask_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> TokenLosses:
     """-A rho + dppo_penalty log(rho)^2, without the tokens whose probability has moved with A beyond `dppo_mask`.
 
     Dropped: pi - mu > dppo_mask where A > 0, pi - mu < -dppo_mask where A < 0; mu is the sampler's probability. The
@@ -106,7 +105,7 @@ def dppo_mask_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[jax.
     away = jnp.where(inputs.advantages > 0, moved, -moved)
     dropped = (away > algorithm.dppo_mask) & (inputs.advantages != 0)
     policy = jnp.where(dropped, 0.0, -inputs.advantages * inputs.ratio)
-    return policy + algorithm.dppo_penalty * inputs.log_ratio**2, dropped
+    return policy + algorithm.dppo_penalty * inputs.log_ratio**2, dropped, False
 
 
 LOSSES: dict[str, PolicyLoss] = {
@@ -223,7 +222,7 @@ def grpo_loss(
       logprobs, entropies: [B, T] of the policy, 0 outside `batch.loss_mask`.
     """
     inputs, mask = loss_inputs(logprobs, batch, algorithm), batch.loss_mask
-    token_loss, clipped = LOSSES[algorithm.loss](inputs, algorithm)
+    token_loss, clipped, dual_clipped = LOSSES[algorithm.loss](inputs, algorithm)
     metrics: dict[str, Metric] = {}
     if algorithm.correction != "off":
         gap = inputs.old_logprobs - inputs.behaviour_logprobs
@@ -238,7 +237,7 @@ def grpo_loss(
     policy = jnp.sum(jnp.where(mask, token_loss, 0.0) * batch.weights)
     count = jnp.sum(mask, dtype=jnp.float32)
 
-    def share(where: jax.Array) -> WeightedMean:
+    def share(where: jax.Array | bool) -> WeightedMean:
         return WeightedMean(jnp.sum(mask & where, dtype=jnp.float32), count)
 
     up = inputs.advantages > 0  # where A > 0 it is the high bound that binds, else the low one or the dual clip
@@ -248,6 +247,8 @@ def grpo_loss(
         "policy/clip_fraction": share(clipped),
         "policy/clip_high_fraction": share(clipped & up),
         "policy/clip_low_fraction": share(clipped & ~up),
+        "policy/dual_clip_fraction": share(dual_clipped),
+        "policy/ratio_min": Min(jnp.min(jnp.where(mask, inputs.ratio, jnp.inf))),
         "policy/ratio_max": Max(jnp.max(jnp.where(mask, inputs.ratio, 0.0))),
         "policy/old_kl": WeightedMean(-jnp.sum(inputs.log_ratio), count),
     }
@@ -264,15 +265,53 @@ def grpo_loss(
     return loss, metrics | {"policy/objective": Sum(loss)}
 
 
-def behaviour_gap(logprobs: jax.Array, batch: TrainBatch) -> dict[str, Metric]:
-    """|learner - sampler| log-prob of the sampled tokens, and KL(sampler || learner) by k3: the health gauges.
+MISMATCH_BAND = 0.1
+"""Tokens whose ratio of learner to sampler differs from 1 by more than this are counted as outside."""
 
-    Call it before the first update only.
+
+def behaviour_gap(logprobs: jax.Array, batch: TrainBatch) -> dict[str, Metric]:
+    """How far apart learner pi and sampler mu are on the sampled tokens: the health gauges. rho = pi / mu.
+
+    `gap` is |log pi - log mu|, `probability_gap` |pi - mu| with Pearson's `correlation` of the two, `error_factor` the
+    mean of max(rho, 1 / rho) (NeMo-RL's `token_mult_prob_error`), `kl` and `kl_k1` estimates of KL(mu || pi), `chi2`
+    the mean of rho^2, less 1, `effective_fraction` the effective sample size of the rho, `outside_fraction` the tokens
+    outside `MISMATCH_BAND`. Call it before the first update only.
+
+    Args:
+      logprobs: [..., T] of the policy, as are the fields of `batch`.
     """
-    gap = jnp.where(batch.loss_mask, batch.behaviour_logprobs - logprobs, 0.0)
-    count = jnp.sum(batch.loss_mask, dtype=jnp.float32)
-    return {
-        "policy/behaviour_kl": WeightedMean(jnp.sum(kl_of(gap, "k3")), count),
-        "policy/behaviour_gap_max": Max(jnp.max(jnp.abs(gap))),
-        "policy/behaviour_gap_mean": WeightedMean(jnp.sum(jnp.abs(gap)), count),
+    return _behaviour_gap(logprobs, batch.behaviour_logprobs, batch.loss_mask)
+
+
+@jax.jit
+def _behaviour_gap(logprobs: jax.Array, behaviour_logprobs: jax.Array, mask: jax.Array) -> dict[str, Metric]:
+    learner, sampler = (jnp.where(mask, x, 0.0) for x in (logprobs, behaviour_logprobs))
+    count = jnp.sum(mask, dtype=jnp.float32)
+    gap = sampler - learner
+    log_ratio = jnp.clip(-gap, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = jnp.where(mask, jnp.exp(log_ratio), 0.0)
+    pi, mu = (jnp.where(mask, jnp.exp(x), 0.0) for x in (learner, sampler))
+    apart = jnp.abs(jnp.expm1(learner) - jnp.expm1(sampler))  # less 1 each: near 1 float32 would round them to 1e-7
+    total, squares = jnp.sum(ratio), jnp.sum(ratio**2)
+
+    def mean(values: jax.Array) -> WeightedMean:
+        return WeightedMean(jnp.sum(values, dtype=jnp.float32), count)
+
+    gauges = {
+        "kl": mean(kl_of(gap, "k3")),
+        "kl_k1": mean(gap),
+        "gap_max": Max(jnp.max(jnp.abs(gap))),
+        "gap_mean": mean(jnp.abs(gap)),
+        "probability_gap_max": Max(jnp.max(apart)),
+        "probability_gap_mean": mean(apart),
+        "probability_gap_std": Spread(jnp.sum(apart), jnp.sum(apart**2), count),
+        "correlation": Correlation(*map(jnp.sum, (pi, mu, pi**2, mu**2, pi * mu)), count),
+        "error_factor": mean(jnp.where(mask, jnp.exp(jnp.abs(log_ratio)), 0.0)),
+        "ratio_mean": WeightedMean(total, count),
+        "ratio_min": Min(jnp.min(jnp.where(mask, ratio, jnp.inf))),
+        "ratio_max": Max(jnp.max(ratio)),
+        "chi2": mean(jnp.expm1(2 * log_ratio)),
+        "effective_fraction": EffectiveShare(total, squares, count),
+        "outside_fraction": mean(mask & (jnp.abs(jnp.expm1(log_ratio)) > MISMATCH_BAND)),
     }
+    return {f"policy/behaviour_{name}": metric for name, metric in gauges.items()}

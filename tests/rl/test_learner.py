@@ -181,9 +181,15 @@ def test_metrics_of_rewards() -> None:
             "reward/max": 1,
             "reward/group_std": np.sqrt(0.5) / 3,
             "reward/zero_spread_group_fraction": 2 / 3,
+            "reward/all_zero_group_fraction": 1 / 3,
+            "reward/all_one_group_fraction": 1 / 3,
+            "reward/mixed_group_fraction": 1 / 3,
             "reward/missing_fraction": 0,
         }
     )
+    partial = group_metrics(np.array([[0.5, 0.5], [0, 0.5], [0, 0], [0, 0]], np.float32))
+    assert partial["reward/all_zero_group_fraction"] == partial["reward/mixed_group_fraction"] == 0.5
+    assert partial["reward/all_one_group_fraction"] == 0
     assert group_metrics(np.ones((1, 1), np.float32))["reward/std"] == 0
 
 
@@ -198,11 +204,26 @@ def test_metrics_of_rewards_some_of_which_are_missing() -> None:
             "reward/max": 1,
             "reward/group_std": np.sqrt(0.5) / 2,  # of the groups that have two
             "reward/zero_spread_group_fraction": 2 / 3,
+            "reward/all_zero_group_fraction": 1 / 3,
+            "reward/all_one_group_fraction": 1 / 3,
+            "reward/mixed_group_fraction": 1 / 3,
             "reward/missing_fraction": 4 / 9,
         }
     )
     none = group_metrics(np.zeros((2, 2), np.float32), np.zeros((2, 2), bool))
     assert none == dict.fromkeys(none, 0) | {"reward/zero_spread_group_fraction": 1, "reward/missing_fraction": 1}
+
+
+def test_metrics_of_advantages(tiny, tiny_params, mesh) -> None:
+    """The mean is over tokens that count: here not those of the cut completions, the second and the fifth."""
+    advantages = some_advantages()
+    metrics = make_learner(tiny_params, tiny, mesh, overlong="mask").step(cut_rollouts(), advantages)
+    kept, lengths = ~CUT, make_rollouts().lengths
+    flat = advantages.reshape(-1)[kept]
+    assert metrics["advantage/mean"].value() == pytest.approx(np.average(flat, weights=lengths[kept]), rel=1e-6)
+    assert metrics["advantage/min"].value() == flat.min() and metrics["advantage/max"].value() == flat.max()
+    none = make_learner(tiny_params, tiny, mesh, overlong="mask").step(make_rollouts(), advantages)
+    assert [none[f"advantage/{name}"].value() for name in ("mean", "min", "max")] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The objective against hand-worked values; gradients that must be exactly zero; numbers that must not be NaN."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,8 +120,90 @@ def test_no_valid_token_gives_zero_and_no_nan() -> None:
     assert all(np.isfinite(metric.value()) for metric in metrics.values())
 
 
-def test_behaviour_gap() -> None:
-    batch = batch_of([[0, 1, 1]], [[0, 0, 0]], old=-1.0)
-    gap = behaviour_gap(jnp.array([[5.0, -1.25, -1.0]]), batch)
-    assert gap["policy/behaviour_gap_max"].value() == 0.25
-    assert gap["policy/behaviour_gap_mean"].value() == 0.125
+def test_gauges_of_the_gap_between_sampler_and_learner() -> None:
+    """All of them against NumPy in float64; masked tokens hold what would show."""
+    draw = np.random.default_rng(0)
+    mask = draw.random((3, 40)) < 0.7
+    mu = -draw.exponential(1.0, (3, 40)).astype(np.float32)
+    pi = mu + draw.normal(0, 0.2, (3, 40)).astype(np.float32)
+    wild = np.where(draw.random((3, 40)) < 0.5, 30.0, -np.inf)
+    batch = dataclasses.replace(batch_of(mask.tolist(), np.zeros((3, 40)).tolist()), behaviour_logprobs=mu)
+    gauges = behaviour_gap(jnp.array(np.where(mask, pi, wild), jnp.float32), batch)
+    a, b = pi[mask].astype(np.float64), mu[mask].astype(np.float64)
+    rho, apart = np.exp(a - b), abs(np.exp(a) - np.exp(b))
+    expected = {
+        "kl": np.mean(1 / np.exp(b - a) - 1 - (a - b)),
+        "kl_k1": np.mean(b - a),
+        "gap_max": abs(a - b).max(),
+        "gap_mean": abs(a - b).mean(),
+        "probability_gap_max": apart.max(),
+        "probability_gap_mean": apart.mean(),
+        "probability_gap_std": apart.std(ddof=1),
+        "correlation": np.corrcoef(np.exp(a), np.exp(b))[0, 1],
+        "error_factor": np.exp(abs(a - b)).mean(),
+        "ratio_mean": rho.mean(),
+        "ratio_min": rho.min(),
+        "ratio_max": rho.max(),
+        "chi2": np.mean(rho**2) - 1,
+        "effective_fraction": rho.sum() ** 2 / len(rho) / (rho**2).sum(),
+        "outside_fraction": np.mean(abs(rho - 1) > 0.1),
+    }
+    found = {name.removeprefix("policy/behaviour_"): metric.value() for name, metric in gauges.items()}
+    assert found == pytest.approx(expected, rel=2e-5)
+    assert 0.3 < expected["outside_fraction"] < 0.9
+
+
+def test_gauges_of_a_sure_policy_keep_their_digits() -> None:
+    """Probabilities within 1e-6 of 1, differences a tenth of that: float32 has no such numbers near 1."""
+    draw = np.random.default_rng(0)
+    mu = (-1e-6 * draw.random((1, 500))).astype(np.float32)
+    pi = (mu * (1 + 0.1 * draw.normal(size=(1, 500)))).astype(np.float32)
+    batch = dataclasses.replace(batch_of([[1] * 500], [[0] * 500]), behaviour_logprobs=mu)
+    gauges = behaviour_gap(jnp.array(pi), batch)
+    apart = abs(np.expm1(pi[0].astype(np.float64)) - np.expm1(mu[0].astype(np.float64)))
+    for name, value in (("mean", apart.mean()), ("max", apart.max()), ("std", apart.std(ddof=1))):
+        assert gauges[f"policy/behaviour_probability_gap_{name}"].value() == pytest.approx(value, rel=1e-4)
+
+
+def test_a_policy_that_is_the_sampler_has_no_gap() -> None:
+    logprobs = np.log(np.array([[0.2, 0.5, 0.9]], np.float32))
+    batch = dataclasses.replace(batch_of([[1, 1, 1]], [[0, 0, 0]]), behaviour_logprobs=logprobs)
+    gauges = {name[17:]: metric.value() for name, metric in behaviour_gap(jnp.array(logprobs), batch).items()}
+    ones = {name: gauges.pop(name) for name in ("error_factor", "ratio_mean", "ratio_min", "ratio_max")}
+    assert set(ones.values()) == {1.0} and gauges.pop("effective_fraction") == pytest.approx(1)
+    assert gauges.pop("correlation") == pytest.approx(1, abs=1e-6)
+    assert set(gauges.values()) == {0.0}
+
+
+def test_shares_of_what_the_bounds_decide() -> None:
+    """Seven tokens: both clips, the dual clip twice, three that are left alone."""
+    ratio, advantages = [1.5, 0.5, 4.0, 3.5, 1.0, 0.5, 2.0], [1.0, -1.0, -1.0, -2.0, 1.0, 1.0, -1.0]
+    logprobs, batch = jnp.log(jnp.array([ratio])), batch_of([[1] * 7], [advantages])
+    metrics = grpo_loss(logprobs, logprobs * 0, batch, AlgorithmConfig(kl_coefficient=0, dual_clip=3.0))[1]
+    assert metrics["policy/dual_clip_fraction"].value() == pytest.approx(2 / 7)
+    assert metrics["policy/clip_fraction"].value() == pytest.approx(4 / 7)
+    assert metrics["policy/ratio_min"].value() == pytest.approx(0.5)
+    assert metrics["policy/ratio_max"].value() == pytest.approx(4.0)
+    off = grpo_loss(logprobs, logprobs * 0, batch, AlgorithmConfig(kl_coefficient=0, dual_clip=0.0))[1]
+    assert off["policy/dual_clip_fraction"].value() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("token_truncate", [0.25, 1.0, 1.5, 1.5]), ("token_mask", [0.0, 1.0, 0.0, 1.5])],
+)
+def test_metrics_of_a_correction(name: str, weights: list[float]) -> None:
+    """Ratios 0.25, 1, 4 and 1.5 of learner to sampler within bounds of 0.5 and 1.5."""
+    ratio = np.log(np.array([[0.25, 1.0, 4.0, 1.5, 9.0]], np.float32))
+    batch = dataclasses.replace(batch_of([[1, 1, 1, 1, 0]], [[1] * 5]), behaviour_logprobs=-ratio)
+    algorithm = AlgorithmConfig(correction=name, correction_low=0.5, correction_high=1.5000001)  # type: ignore[arg-type]
+    metrics = grpo_loss(jnp.zeros((1, 5)), jnp.zeros((1, 5)), batch, algorithm)[1]
+    found = {key[18:]: metric.value() for key, metric in metrics.items() if key.startswith("policy/correction_")}
+    w = np.array(weights)
+    assert found == pytest.approx(
+        {
+            "mean": w.mean(), "min": w.min(), "max": w.max(), "dropped_fraction": np.mean(w == 0),
+            "effective_fraction": w.mean() ** 2 / np.mean(w**2),
+        },
+        rel=1e-6,
+    )  # fmt: skip
