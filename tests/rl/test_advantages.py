@@ -1,9 +1,14 @@
 """Golden values of every advantage estimator, worked by hand or by an independent implementation."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from rljax.config import AlgorithmConfig, RunConfig
 from rljax.rl.advantages import ADVANTAGES, group_advantages, groups_to_train_on
+from rljax.train import _advantages
 
 ONE_OF_FOUR = np.array([[1.0, 0.0, 0.0, 0.0]], np.float32)
 
@@ -94,3 +99,11 @@ def test_the_first_groups_with_a_spread_are_trained_on() -> None:
     assert groups_to_train_on(rewards[[1, 0, 2, 2]], 3).tolist() == [0, 1, 2]
     # As much as float32 tells apart is a spread, and what it does not is none.
     assert groups_to_train_on(np.array([[0.1, 0.1], [0.1, np.nextafter(np.float32(0.1), 1)]], np.float32), 1) == [1]
+
+
+def test_a_run_bounds_advantages_as_its_config_says() -> None:
+    options = {"advantage": "dr_grpo", "advantage_clip_low": 0.1, "advantage_clip_high": 0.6}
+    config = RunConfig(algorithm=AlgorithmConfig(**options))  # type: ignore[arg-type]
+    rollouts: Any = SimpleNamespace(lengths=np.full(4, 7), tokens=np.zeros((4, 9)))
+    run: Any = SimpleNamespace(config=config)
+    np.testing.assert_allclose(_advantages(run, rollouts, ONE_OF_FOUR)[0], [[0.6, -0.1, -0.1, -0.1]])
