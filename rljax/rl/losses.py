@@ -305,7 +305,7 @@ def _behaviour_gap(logprobs: jax.Array, behaviour_logprobs: jax.Array, mask: jax
         "probability_gap_max": Max(jnp.max(apart)),
         "probability_gap_mean": mean(apart),
         "probability_gap_std": Spread(jnp.sum(apart), jnp.sum(apart**2), count),
-        "correlation": Correlation(*(jnp.sum(x) for x in (pi, mu, pi**2, mu**2, pi * mu)), count=count),
+        "correlation": Correlation(jnp.sum(pi), jnp.sum(mu), jnp.sum(pi**2), jnp.sum(mu**2), jnp.sum(pi * mu), count),
         "error_factor": mean(jnp.where(mask, jnp.exp(jnp.abs(log_ratio)), 0.0)),
         "ratio_mean": WeightedMean(total, count),
         "ratio_min": Min(jnp.min(jnp.where(mask, ratio, jnp.inf))),

@@ -1,9 +1,14 @@
 """Golden values of every advantage estimator, worked by hand or by an independent implementation."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from rljax.config import AlgorithmConfig, RunConfig
 from rljax.rl.advantages import ADVANTAGES, group_advantages, groups_to_train_on, has_spread
+from rljax.train import _advantages
 
 ONE_OF_FOUR = np.array([[1.0, 0.0, 0.0, 0.0]], np.float32)
 
@@ -135,3 +140,12 @@ def test_a_missing_reward_is_no_spread() -> None:
     judged = np.array([[True, False, True], [True, True, False]])
     assert has_spread(rewards, judged).tolist() == [False, True]
     assert groups_to_train_on(rewards, 1, judged).tolist() == [1]
+
+
+def test_a_run_bounds_advantages_as_its_config_says() -> None:
+    options = {"advantage": "dr_grpo", "advantage_clip_low": 0.1, "advantage_clip_high": 0.6}
+    config = RunConfig(algorithm=AlgorithmConfig(**options))  # type: ignore[arg-type]
+    rollouts = SimpleNamespace(lengths=np.full(4, 7), tokens=np.zeros((4, 9)))
+    collected: Any = SimpleNamespace(rollouts=rollouts, rewards=ONE_OF_FOUR, judged=np.ones((1, 4), bool))
+    run: Any = SimpleNamespace(config=config)
+    np.testing.assert_allclose(_advantages(run, collected)[0], [[0.6, -0.1, -0.1, -0.1]])
