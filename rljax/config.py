@@ -443,7 +443,7 @@ class LoggingConfig:
     wandb: str = ""
     """Project name; empty: off. Needs the `wandb` extra."""
     aliases: Literal["none", "verl", "trl"] = "none"
-    """Write metrics under the names of that library as well (`ALIASES` in `rljax/metrics.py`)."""
+    """Write metrics under the names of that library as well (`ALIASES` in `rljax/run_log.py`)."""
 
 
 FINISHED = "finished.json"

@@ -35,7 +35,7 @@ from rljax.data.records import read_records
 from rljax.data.reuse import steps_for
 from rljax.evaluate.held_out import Evaluation, EvaluationResult, Scored, join_scored, rollout_rows, sample
 from rljax.mesh import num_row_shards
-from rljax.metrics import ALIASES, CurveRow, Metric, MetricSink, PhaseTimer, Progress, merge, to_floats
+from rljax.metrics import Metric, PhaseTimer, merge, to_floats
 from rljax.models.lora import attach
 from rljax.policy import Policy, memory_gib, open_policy
 from rljax.rewards.overlong import soft_overlong
@@ -55,6 +55,7 @@ from rljax.rl.learner import (
 )
 from rljax.rl.memory import choose_remat
 from rljax.rl.update import Compute
+from rljax.run_log import ALIASES, CurveRow, MetricSink, Progress
 from rljax.sampling.engine import Sampler
 from rljax.sampling.schedule import Stats
 from rljax.types import LENGTH, Rollouts, TrainState, select_prompts

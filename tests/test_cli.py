@@ -29,12 +29,12 @@ from rljax.config import ARCHITECTURES, ConfigError, ModelConfig, RunConfig
 from rljax.config_file import dump_config, parse_config
 from rljax.data.tasks import TASKS
 from rljax.export import save_description
-from rljax.metrics import ALIASES
 from rljax.models import hf
 from rljax.policy import open_policy
 from rljax.rewards import sandbox
 from rljax.rl.advantages import group_advantages
 from rljax.rl.learner import checkpoint_shapes, state_shapes, update_shape
+from rljax.run_log import ALIASES
 from rljax.tokenizer import character_tokenizer, load_tokenizer
 from rljax.train import batch_table, train
 

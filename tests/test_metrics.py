@@ -14,24 +14,19 @@ import pytest
 from rich.console import Console
 
 from rljax.metrics import (
-    ALIASES,
-    CURVE_COLUMNS,
     Correlation,
-    CurveRow,
     EffectiveShare,
     Max,
-    MetricSink,
     Min,
     PhaseTimer,
-    Progress,
     Spread,
     Sum,
     WeightedMean,
     merge,
     nothing_counted,
-    step_line,
     to_floats,
 )
+from rljax.run_log import ALIASES, CURVE_COLUMNS, CurveRow, MetricSink, Progress, step_line
 
 
 def _lines(file):

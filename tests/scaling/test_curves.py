@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rljax.config import ConfigError
-from rljax.metrics import CURVE_COLUMNS
+from rljax.run_log import CURVE_COLUMNS
 from rljax.scaling.curves import MEASURED, read_curves
 
 OURS = "run,source,num_params,step,samples,flops,tokens,test_loss,unique,repeats,group_size,eval,seed\n"
