@@ -57,7 +57,7 @@ def load_learner(
 ) -> Learner:
     """A learner of the weights in `folder` that makes one update per step, with them as the reference too."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    policy = Policy(arch, character_tokenizer("0"), mesh, dtype, folder, LoraConfig())  # no text is read
+    policy = Policy(arch, character_tokenizer("0"), mesh, dtype, dtype, folder, LoraConfig())  # no text is read
     params = policy.load_params(0)
     state = fresh_state(params, state_shapes(policy.shapes, OPTIMIZER, mesh), OPTIMIZER)
     # With one update per step the ratio is 1 and no old log-probs are needed; peers save that pass too.

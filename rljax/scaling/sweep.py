@@ -36,6 +36,7 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv.pop(1)):  # it ended before that
     sys.exit(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it would be ignored
 runpy.run_module("rljax.cli", run_name="__main__", alter_sys=True)
 """
 """`python -m rljax.cli`, killed by the kernel when the sweep ends: in a session of its own, the run would outlive a
