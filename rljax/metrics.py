@@ -10,7 +10,7 @@ import math
 import operator
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -49,17 +49,21 @@ class Sum:
         return float(self.amount)
 
 
+class _Sums:
+    """What merges by adding every field."""
+
+    def __add__(self, other: Self) -> Self:
+        return jax.tree.map(operator.add, self, other)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class Spread(_Sums):
     """A standard deviation kept as its sums (ddof 1, as torch's); 0.0 of fewer than two values."""
 
     total: Scalar
     squares: Scalar
     count: Scalar
-
-    def __add__(self, other: "Spread") -> "Spread":
-        return jax.tree.map(operator.add, self, other)
 
     def value(self) -> float:
         total, squares, count = float(self.total), float(self.squares), float(self.count)
@@ -68,7 +72,7 @@ class Spread:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Correlation:
+class Correlation(_Sums):
     """Pearson's of x and y kept as its sums; 0.0 where one of them does not vary.
 
     In float32 good to 1e-6 times mean^2 / variance.
@@ -80,9 +84,6 @@ class Correlation:
     yy: Scalar
     xy: Scalar
     count: Scalar
-
-    def __add__(self, other: "Correlation") -> "Correlation":
-        return jax.tree.map(operator.add, self, other)
 
     def value(self) -> float:
         x, y, xx, yy, xy, count = (float(getattr(self, field.name)) for field in dataclasses.fields(self))
@@ -96,15 +97,12 @@ class Correlation:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class EffectiveShare:
+class EffectiveShare(_Sums):
     """Effective sample size of weights w over their number, sum(w)^2 / (n sum(w^2)): 1 where all are the same."""
 
     total: Scalar
     squares: Scalar
     count: Scalar
-
-    def __add__(self, other: "EffectiveShare") -> "EffectiveShare":
-        return jax.tree.map(operator.add, self, other)
 
     def value(self) -> float:
         divisor = float(self.count) * float(self.squares)
