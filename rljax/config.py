@@ -138,7 +138,7 @@ class DataConfig:
 
     train: str = ""
     """.parquet or .jsonl in the verl schema, a saved HF dataset folder, `hub:OWNER/NAME`, or a task:
-    `task:char_count`, `task:arithmetic`."""
+    `task:char_count`, `task:arithmetic`, `task:sorting`."""
     prompts_per_step: int = 512
     unique: int = 0
     """Unique prompts taken from the file by `subset`; 0: all of them."""

@@ -146,6 +146,25 @@ def _arithmetic_solution(question: str) -> str:
     return f"{columns}={int(left) + int(right)}"
 
 
+# ---------------------------------------------------------------------------------------------------------- sorting
+
+_DIGIT_COUNTS = (4, 5, 6, 7, 8, 10, 12, 14, 16, 18)
+
+
+def _sorting_question(level: int, rank: int) -> str:
+    """ "31472"."""
+    digits = []
+    for _ in range(_DIGIT_COUNTS[level]):
+        rank, digit = divmod(rank, 9)
+        digits.append(str(1 + digit))
+    return "".join(digits)
+
+
+def _sorting_solution(question: str) -> str:
+    """ "=12347". No step is written down, so a model's depth and width must do; the chance of a guess is nil."""
+    return "=" + "".join(sorted(question))
+
+
 TASKS: dict[str, Task] = {
     "char_count": Task(
         name="char_count",
@@ -162,6 +181,14 @@ TASKS: dict[str, Task] = {
         difficulties=tuple(1 - (a + b - 4) / 2 for a, b in _DIGITS),
         question=_arithmetic_question,
         solve=_arithmetic_solution,
+    ),
+    "sorting": Task(
+        name="sorting",
+        alphabet=tuple("123456789="),
+        level_sizes=tuple(9**count for count in _DIGIT_COUNTS),
+        difficulties=tuple(1 - level / (len(_DIGIT_COUNTS) - 1) for level in range(len(_DIGIT_COUNTS))),
+        question=_sorting_question,
+        solve=_sorting_solution,
     ),
 }
 """Tasks by name; `data.train = task:NAME`."""

@@ -46,6 +46,7 @@ _SOURCES: dict[str, str] = {
     "codegen": "coder1",
     "char_count": "char_count",
     "arithmetic": "char_count",
+    "sorting": "char_count",
     "exact": "exact",
 }
 """Beginning of `data_source` -> verifier; "aime" is also the AMC set, whose source is "aimeamc2023"."""

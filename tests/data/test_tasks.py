@@ -21,7 +21,11 @@ def answer_arithmetic(text):
     return sum(map(int, text.split("+")))
 
 
-ANSWERS = {"char_count": answer_char_count, "arithmetic": answer_arithmetic}
+def answer_sorting(text):
+    return "".join(digit * text.count(digit) for digit in "123456789")
+
+
+ANSWERS = {"char_count": answer_char_count, "arithmetic": answer_arithmetic, "sorting": answer_sorting}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -58,6 +62,7 @@ def test_worked_steps_of_arithmetic_are_right():
 def test_solution_texts():
     assert TASKS["char_count"].solve("b:abcbbcab") == "a0b1c1b2b3c3a3b4=4"
     assert TASKS["arithmetic"].solve("47+385") == "7+5+0=12;4+8+1=13;0+3+1=04;=432"
+    assert TASKS["sorting"].solve("31472") == "=12347"
 
 
 @pytest.mark.parametrize("name", TASKS)

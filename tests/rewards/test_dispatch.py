@@ -24,6 +24,7 @@ from rljax.rewards.dispatch import CUSTOM, PROGRAMS, VERIFIERS, in_other_mode, v
         ("codegen__humaneval", "coder1"),
         ("char_count", "char_count"),
         ("arithmetic", "char_count"),
+        ("sorting", "char_count"),
         ("exact", "exact"),
     ],
 )

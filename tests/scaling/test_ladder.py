@@ -50,7 +50,7 @@ def test_the_axes_are_those_of_the_paper(ladder: Sweep) -> None:
     for run in ladder.runs:
         data = run.config.data
         plan = make_plan(data.task_records, unique=data.unique, repeats=data.repeats)
-        assert (steps_for(plan, data.prompts_per_step, run.config.steps), data.unique * data.repeats) == (75, 2400)
+        assert (steps_for(plan, data.prompts_per_step, run.config.steps), data.unique * data.repeats) == (150, 4800)
 
 
 def test_warm_starts_differ_in_size_alone(ladder: Sweep) -> None:
