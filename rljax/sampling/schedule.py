@@ -15,7 +15,7 @@ import numpy as np
 FREE = -1
 """In a row or lane table: nobody is there."""
 
-_FEWEST_SLOTS = 40
+_FEWEST_SLOTS = 64
 """Growing a smaller cache costs more programs than its slots cost time."""
 _FIRST_SHARE = 12
 """The cache starts at this part of the longest completion or more: at most 7 sizes a factor of 1.5 apart."""
