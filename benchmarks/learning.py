@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -54,20 +55,24 @@ def load_learner(
     kl_coefficient: float = KL_COEFFICIENT,
     remat: str = "none",
     dtype: str = "float32",
+    old_logprobs: Literal["recompute", "current"] = "current",
+    optimizer: OptimizerConfig = OPTIMIZER,
 ) -> Learner:
-    """A learner of the weights in `folder` that makes one update per step, with them as the reference too."""
+    """A learner of the weights in `folder` that makes one update per step, with them as the reference too.
+
+    With one update per step the ratio is 1 and no old log-probs are needed; peers save that pass too.
+    """
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     policy = Policy(arch, character_tokenizer("0"), mesh, dtype, dtype, folder, LoraConfig())  # no text is read
     params = policy.load_params(0)
-    state = fresh_state(params, state_shapes(policy.shapes, OPTIMIZER, mesh), OPTIMIZER)
-    # With one update per step the ratio is 1 and no old log-probs are needed; peers save that pass too.
+    state = fresh_state(params, state_shapes(policy.shapes, optimizer, mesh), optimizer)
     algorithm = AlgorithmConfig(
-        group_size=group, updates_per_step=1, kl_coefficient=kl_coefficient, old_logprobs="current"
+        group_size=group, updates_per_step=1, kl_coefficient=kl_coefficient, old_logprobs=old_logprobs
     )
     reference = None
     if kl_coefficient:
         reference = params if dtype == "float32" else reference_copy(params, reference_dtype(algorithm, dtype))
-    return Learner(state, reference, arch, mesh, algorithm, OPTIMIZER, Compute(dtype, remat, 1.0))
+    return Learner(state, reference, arch, mesh, algorithm, optimizer, Compute(dtype, remat, 1.0))
 
 
 def even_share(rollouts: Rollouts) -> np.ndarray:

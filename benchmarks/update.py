@@ -12,18 +12,18 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ablations import Ablation, Variant, measured
 from common import RESULTS, Contender, Line, append, compared, describe_cpu, interleaved, line, run_fields, versions
 from contenders import Setup, Void
 from learning import (
     LOGPROB_TOLERANCE,
+    OPTIMIZER,
     TorchUpdate,
     Update,
     advantages_of,
@@ -33,105 +33,31 @@ from learning import (
     ungrouped,
 )
 from models import model_folder
+from parts import ATTENTION_LENGTHS, HEAD_TIMED_TOKENS, HEAD_TOKENS, attention_lines, head_lines, head_memory
 from peer import Worker
 from roofline import Ceilings, learning_flops, measure_ceilings, update_floor_seconds
 from sampling import chosen, print_row, started
-from steps import Program
 from workloads import ARCHS, DEFAULT_TRAINING_ROWS, TRAINING_ROWS
 
-from rljax.config import ARCHITECTURES
-from rljax.models.attention import AttentionLayout, attention
-from rljax.models.qwen2 import head_params, logits, param_shapes
-from rljax.rl.head import Head
-from rljax.types import TrainBatch
-
-ABLATIONS = {
+FAINT = 1e-30
+"""An advantage that moves nothing."""
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "prompts": {"repeated": {"alone": True}, "shared": {}},
     "reference": {"on": {}, "off": {"kl_coefficient": 0.0}},
     "remat": {"none": {}, "dots": {"remat": "dots"}, "full": {"remat": "full"}},
+    "old": {"recomputed": {"old_logprobs": "recompute"}, "not needed": {}},
+    "alike": {"kept": {"kl_coefficient": 0.0, "alike": FAINT}, "dropped": {"kl_coefficient": 0.0, "alike": 0.0}},
+    "moments": {
+        "float32": {},
+        "bfloat16": {"optimizer": dataclasses.replace(OPTIMIZER, moments_dtype="bfloat16")},
+    },
 }
-"""Variants by ablation; the first is what the others are set against."""
+"""Variants by ablation; the first is what the others are set against. `alone`: prompts repeated; `alike`: the
+advantages of every other group, with which it can be dropped if they are 0."""
 EQUAL = 1e-3
 """Largest relative difference of the first gradient's norm between variants."""
-HEAD_TOKENS = 4096
-"""Of the loss head whose memory is counted."""
-ATTENTION_ROWS, ATTENTION_HEADS, ATTENTION_HEAD_DIM = 4, 4, 64
-ATTENTION_LENGTHS = (512, 1024, 2048)
-ATTENTION_ERROR = 1e-4
-"""Largest difference between backends of the sum of context and gradients, whose entries are of size 1."""
 PARTS = ("head", "attention")
 """Ablations of a part alone, which no row chooses."""
-
-
-def attention_ablation(length: int) -> Ablation:
-    """Forward and backward of the learner's attention: whole score matrices or block by block, on causal rows.
-
-    Raises:
-      Void: the two differ.
-    """
-    shape = (ATTENTION_ROWS, length, ATTENTION_HEADS, ATTENTION_HEAD_DIM)
-    layout = AttentionLayout.right_padded(jnp.full(ATTENTION_ROWS, length), length)
-
-    def both_ways(key: jax.Array, layout: AttentionLayout, *, backend: str) -> jax.Array:
-        q, k, v, d = (jax.random.normal(each, shape) for each in jax.random.split(key, 4))
-        context, pull = jax.vjp(partial(attention, layout=layout, backend=backend), q, k, v)
-        return sum(pull(d), context)
-
-    work = ATTENTION_ROWS * length
-    programs = {name: Program(partial(both_ways, backend=name), work, layout) for name in ("dense", "blockwise")}
-    first, *others = (program.result() for program in programs.values())
-    if any(np.abs(other - first).max() > ATTENTION_ERROR for other in others):
-        raise Void(f"attention of {length} positions: backends differ by more than {ATTENTION_ERROR}")
-    case = {"model": "attention", "batch": ATTENTION_ROWS, "lengths": "fixed", "positions": length, "dtype": "float32"}
-    return Ablation(case, [Variant(name, p.run, float(p.work), None) for name, p in programs.items()])
-
-
-def attention_lines(length: int, setup: Setup) -> list[Line]:
-    """Measures `attention_ablation`."""
-    return measured("attention", attention_ablation(length), setup)
-
-
-def head_lines(fields: Line) -> list[Line]:
-    """Temporary memory of the loss head's gradient at V = 151,936, in chunks and with all logits at once.
-
-    What the compiler says of its buffers, parameters and their gradients not among them; nothing is run.
-    """
-    arch = ARCHITECTURES["qwen2.5-0.5b"]
-    shape = (1, HEAD_TOKENS)
-    params = head_params(param_shapes(arch), arch)
-    hidden = jax.ShapeDtypeStruct((*shape, arch.hidden_size), jnp.float32)
-    kinds = {"int32": jnp.int32, "bool": jnp.bool_, "float32": jnp.float32}
-    ids = dict.fromkeys(("tokens", "positions", "group", "completion", "source"), "int32") | {"loss_mask": "bool"}
-    fields_of = {field.name: kinds[ids.get(field.name, "float32")] for field in dataclasses.fields(TrainBatch)}
-    batch = TrainBatch(**{name: jax.ShapeDtypeStruct(shape, kind) for name, kind in fields_of.items()})  # type: ignore
-
-    def total(logprobs: jax.Array, entropies: jax.Array, rows: TrainBatch) -> tuple[jax.Array, dict[str, Any]]:
-        del entropies, rows
-        return logprobs.sum(), {}
-
-    def whole(params: Any, hidden: jax.Array, batch: TrainBatch) -> Any:
-        def loss(params: Any, hidden: jax.Array) -> jax.Array:
-            predicting = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
-            scored = jax.nn.log_softmax(logits(params, arch, predicting), axis=-1)
-            chosen = jnp.take_along_axis(scored, batch.tokens[..., None], axis=-1)[..., 0]
-            return jnp.sum(jnp.where(batch.loss_mask, chosen, 0.0))
-
-        return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
-
-    chunked = Head(total, arch, 1.0, by_token=True, train_head=True).value_and_gradients
-    made: dict[str, float] = {}
-    for name, head in (("whole", whole), ("chunked", chunked)):
-        compiled = jax.jit(head).lower(params, hidden, batch).compile()
-        memory = compiled.memory_analysis()
-        assert memory is not None, "the backend does not say what memory a program needs"
-        made[name] = memory.temp_size_in_bytes / 2**30
-    case = {"model": "0.5b", "batch": 1, "lengths": "fixed", "tokens": HEAD_TOKENS, "vocab": arch.vocab_size}
-    lines = []
-    for name, size in made.items():
-        own = line(fields, case | {"ablation": "head", "variant": name}, "temporary memory", "GiB", [size])
-        lines.append(own | {"baseline": "whole", "ratio": round(made["whole"] / size, 3)})
-        print(f"  loss head, {HEAD_TOKENS} tokens, {name}: {size:.3f} GiB", flush=True)
-    return lines
 
 
 def run_ablation(name: str, row: str, setup: Setup) -> list[Line]:
@@ -148,8 +74,11 @@ def run_ablation(name: str, row: str, setup: Setup) -> list[Line]:
     for kind, options in ABLATIONS[name].items():
         options = dict(options)
         learned = ungrouped(rollouts) if options.pop("alone", False) else rollouts
+        alike = options.pop("alike", None)
         learner = load_learner(folder, ARCHS[workload.model], group=workload.group, **options)
         advantages = advantages_of(rollouts, learner).reshape(len(learned.prompts), learned.group_size)
+        if alike is not None:
+            advantages[::2] = alike
         update = Update(learner, learned, advantages)
         norms[kind] = update.warm_up()["policy/grad_norm"]
 
@@ -234,8 +163,12 @@ def main() -> int:
     if given.ablations is not None:
         names = given.ablations or [*ABLATIONS, *PARTS]
         if "head" in names:
-            append(setup.out, head_lines(fields))
-        made = [partial(run_ablation, name, row, setup) for name in names if name in ABLATIONS for row in rows]
+            append(setup.out, head_memory(HEAD_TOKENS, fields))
+        made: list[Callable[[], list[Line]]] = [
+            partial(run_ablation, name, row, setup) for name in names if name in ABLATIONS for row in rows
+        ]
+        if "head" in names:
+            made.append(partial(head_lines, HEAD_TIMED_TOKENS, setup))
         if "attention" in names:
             made += [partial(attention_lines, length, setup) for length in ATTENTION_LENGTHS]
         for run in made:

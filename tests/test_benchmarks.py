@@ -18,6 +18,7 @@ sys.path.insert(0, str(FOLDER))
 import ablations  # noqa: E402
 import common  # noqa: E402
 import learning  # noqa: E402
+import parts  # noqa: E402
 import peer  # noqa: E402
 import quickstart  # noqa: E402
 import rewards  # noqa: E402
@@ -25,7 +26,6 @@ import roofline  # noqa: E402
 import sampling  # noqa: E402
 import simulate  # noqa: E402
 import table  # noqa: E402
-import update  # noqa: E402
 from contenders import Rljax, Void, load_sampler  # noqa: E402
 from models import model_folder  # noqa: E402
 from peers.protocol import Turns, split_by_rows  # noqa: E402
@@ -476,7 +476,7 @@ def test_a_batch_that_is_too_large_is_taken_in_whole_groups() -> None:
 
 
 def test_the_loss_head_in_chunks_needs_less_than_half_the_memory() -> None:
-    whole, chunked = update.head_lines(common.run_fields("update", "cpu", {}))
+    whole, chunked = parts.head_memory(parts.HEAD_TOKENS, common.run_fields("update", "cpu", {}))
     assert chunked["ratio"] > 2 and whole["ratio"] == 1
 
 
