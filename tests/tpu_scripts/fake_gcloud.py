@@ -221,7 +221,9 @@ def local(address: str) -> Path:
 
 
 def steps() -> list[int]:
-    return [int(folder.name) for folder in CLOUD.glob("bucket/*/checkpoints/*") if folder.name.isdigit()]
+    """Checkpoints that both workers have saved."""
+    folders = CLOUD.glob("bucket/*/checkpoints/*")
+    return [int(folder.name) for folder in folders if len(list(folder.glob("worker-?"))) == 2]
 
 
 def storage(words: list[str], options: dict[str, str]) -> int:

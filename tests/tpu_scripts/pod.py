@@ -123,6 +123,11 @@ class Pod:
         """Calls that hold all these words."""
         return sum(all(word in call for word in words) for call in self.calls())
 
+    def wait_for_hold(self) -> None:
+        """Both workers of `toy(hold=5)` have done step 4, and saved step 3."""
+        logs = [self.host(worker) / "attempts" / "0001" / "log" for worker in (0, 1)]
+        wait_for(lambda: all(log.exists() and "step 4\n" in log.read_text() for log in logs))
+
     def result(self) -> list[str]:
         """What the workers of a run that is done arrived at."""
         return [(self.run_dir / "result" / f"worker-{worker}").read_text() for worker in (0, 1)]

@@ -221,7 +221,7 @@ def test_stop_lets_the_program_save(pod: Pod) -> None:
     pod.configure(TRAIN_COMMAND=pod.toy(hold=5))
     pod.ready()
     pod.run("launch")
-    wait_for(lambda: (pod.run_dir / "checkpoints" / "3").exists())
+    pod.wait_for_hold()
     lock = pod.host(0).parent / "tmp" / "libtpu_lockfile"
     lock.touch()
     assert sorted(pod.run("stop").splitlines()) == ["[0] exit 75", "[1] exit 75"]

@@ -27,10 +27,6 @@ def pod(tmp_path: Path) -> Iterator[Pod]:
         yield opened
 
 
-def wait_for_step(pod: Pod, step: int) -> None:
-    wait_for((pod.run_dir / "checkpoints" / str(step)).exists)
-
-
 def test_nothing_happens(pod: Pod) -> None:
     pod.run("supervise")
     assert pod.result() == [undisturbed()] * 2
@@ -43,7 +39,7 @@ def test_a_signal_to_one_worker(pod: Pod, sent: signal.Signals) -> None:
     """SIGTERM: both save the same step and end with 75. SIGKILL: one is lost, the other notices and ends with 70."""
     pod.configure(TRAIN_COMMAND=pod.toy(hold=5))
     process = pod.start("supervise")
-    wait_for_step(pod, 3)
+    pod.wait_for_hold()
     pod.signal(1, sent, group=sent == signal.SIGKILL)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
@@ -115,7 +111,7 @@ def test_garbage_from_describe(pod: Pod) -> None:
     pod.configure(TRAIN_COMMAND=pod.toy(hold=5))
     pod.plan(states=["<html>502</html>"])
     process = pod.start("supervise")
-    wait_for_step(pod, 3)
+    pod.wait_for_hold()
     pod.plan(states=["{}", "ERROR"])
     wait_for(lambda: not json.loads((pod.cloud / "plan.json").read_text())["states"])
     (pod.run_dir / "go").touch()
@@ -128,7 +124,7 @@ def test_garbage_from_describe(pod: Pod) -> None:
 def test_garbage_for_ever_deletes_nothing(pod: Pod) -> None:
     pod.configure(TRAIN_COMMAND=pod.toy(hold=5))
     process = pod.start("supervise")
-    wait_for_step(pod, 3)
+    pod.wait_for_hold()
     pod.plan(final_state="ACTIVE, more or less")
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "made no sense 3 times in a row" in errors
@@ -187,7 +183,7 @@ def test_a_supervisor_that_is_killed_is_replaced(pod: Pod) -> None:
     """The run does not notice, and the next supervisor watches it instead of starting another."""
     pod.configure(TRAIN_COMMAND=pod.toy(hold=5))
     first = pod.start("supervise")
-    wait_for_step(pod, 3)
+    pod.wait_for_hold()
     first.kill()
     first.communicate(timeout=PATIENCE)
     asked = pod.count("queued-resources", "describe")
