@@ -37,6 +37,8 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	@if command -v shellcheck >/dev/null; then set -x; cd tpu_scripts && shellcheck -x *.sh backends/*.sh *.sbatch; \
+	else echo "shellcheck is not installed: tpu_scripts/ was not checked"; fi
 
 bench-peers: $(PEERS)  ## what the benchmarks compare with, each in an environment of its own
 
