@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 LADDER = ("none", "dots", "full")
 """From the fastest, which keeps all activations, to the smallest."""
 
-_SHARE = 0.9
+SHARE = 0.9
 """Of the free memory; the rest is for fragments and what the estimate does not know."""
 
 
@@ -35,7 +35,7 @@ class Remat:
 
     @property
     def fits(self) -> bool:
-        return self.needed_bytes <= _SHARE * self.free_bytes
+        return self.needed_bytes <= SHARE * self.free_bytes
 
     def __str__(self) -> str:
         needed, free = self.needed_bytes / 2**30, self.free_bytes / 2**30
