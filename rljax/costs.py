@@ -246,6 +246,7 @@ def update_parts(
       temporaries  twice that again, a micro-batch's and copies in other layouts; one layer's weights, gathered and
                    cast, of "none" all layers' as cast
       activations  what the layers keep, and one layer's once more, which is recomputed or being differentiated
+      embedding    its gradient and its table as computed with, in whole rows
       loss head    its gradient, its weights as computed with, two chunks of logits
 
     Args:
@@ -266,6 +267,7 @@ def update_parts(
     return {
         "gradients": 4 * trained_params // shards,
         "activations": tokens * (arch.num_layers * kept + again),
+        "embedding": head_params(arch) * (4 + BYTES[dtype]) // tensor,
         "loss head": head_params(arch) * (4 + BYTES[dtype]) // tensor + 2 * 4 * logits // tensor,
         "temporaries": temporaries,
     }

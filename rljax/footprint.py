@@ -347,7 +347,7 @@ class Footprint:
         return self.peak <= self.usable and work <= SHARE * (self.usable - held)
 
 
-_OF_UPDATE = ("rows", "gradients", "activations", "loss head", "temporaries")
+_OF_UPDATE = ("rows", "gradients", "activations", "embedding", "loss head", "temporaries")
 
 
 def footprint(setting: Setting, usable: int) -> Footprint:

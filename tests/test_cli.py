@@ -155,7 +155,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert not said.err and all(f"rljax {name} " in said.out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["train", "sft", "eval"])
+@pytest.mark.parametrize("name", ["train", "sft", "eval", "plan"])
 def test_help_lists_every_field(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     said = capsys.readouterr().out

@@ -48,6 +48,7 @@ from rljax.plan import architecture_of, meshes_on, plan_command, plan_run, plann
 from rljax.plan_page import page
 from rljax.rl.learner import state_shapes
 from rljax.rl.memory import LADDER
+from rljax.sampling.memory import rows_in
 from rljax.sampling.schedule import Shape
 from rljax.steptime import learner_link_bytes, survival
 
@@ -195,7 +196,8 @@ def test_half_a_billion_by_hand() -> None:
     # float32; the gate and its product once more, twice 2 of 4,864 bfloat16.
     again = 16 * 896 + 2 * (3 * 896 + 2 * 128 + 2 * 4864) + 4 * 14 + 8 * 4864
     assert work["activations"] == 12_288 * (24 * 2 * 896 + again)
-    # The head's gradient and its bfloat16 copy; two chunks of 1,024 tokens' logits.
+    # The table's gradient and its bfloat16 copy, as table and as head; two chunks of 1,024 tokens' logits.
+    assert work["embedding"] == 896 * 151_936 * 6
     assert work["loss head"] == 896 * 151_936 * 6 + 2 * 4 * 1024 * 151_936
 
 
@@ -287,6 +289,30 @@ def test_a_run_takes_the_first_rung_that_fits() -> None:
     assert tight.remat == "full" and not tight.fits
     forced = dataclasses.replace(one.config, model=dataclasses.replace(one.config.model, remat="none"))
     assert footprint(Setting(forced, one.arch, one.mesh), 2**30).remat == "none"
+
+
+def test_rows_that_memory_holds_by_hand() -> None:
+    """Of 0.5B: 4,096 slots and a share of 2,048 / 8, 12,288 bytes a token and a quarter more, the logits thrice."""
+    each = 12_288 * (4096 + 2048 / 8) * 1.25 + 3 * 4 * 151_936
+    sizes = {"prompt_slots": 2048, "max_tokens": 4096, "samples_per_prompt": 8}
+
+    def rows(fitting: float, tensor: int = 1) -> int:
+        return rows_in(int(each / 0.8 * fitting) + 1, SMALL, "bfloat16", tensor=tensor, **sizes)
+
+    assert [rows(n) for n in (0, 1, 2, 3, 5.9, 6, 7.9, 8, 11.9, 12)] == [1, 1, 2, 3, 4, 6, 6, 8, 8, 12]
+    assert rows(6, tensor=2) == 12
+
+
+def test_what_is_decoded_at_once() -> None:
+    """512 prompts of 8 on 8 shards: all 64 groups where they fit, else rows with a prompt each, else whole groups."""
+    one = setting("qwen2.5-0.5b", 1, 8, 1)
+    assert one.decode_shape(2**40) == Shape(64, 8, 4096)
+    some = one.decode_shape(8 * 2**30)
+    assert some.width == 1 and some.lanes < 512
+    waves = setting("qwen2.5-0.5b", 1, 8, 1, sampling=SamplingConfig(refill=False))
+    assert waves.decode_shape(8 * 2**30) == Shape(some.lanes // 8, 8, 4096)
+    fixed = setting("qwen2.5-0.5b", 1, 8, 1, sampling=SamplingConfig(max_rows=800, cache_growth=1.0))
+    assert fixed.decode_shape(0).rows == 100
 
 
 # -------------------------------------------------------------------------------------------------------------- meshes
