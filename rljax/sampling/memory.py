@@ -16,17 +16,26 @@ _ONE_LAYER_TWICE = 1.25
 
 
 def rows_that_fit(
-    arch: Architecture, dtype: Any, mesh: Mesh, prompt_slots: int, max_tokens: int, samples_per_prompt: int
+    arch: Architecture,
+    dtype: Any,
+    mesh: Mesh,
+    prompt_slots: int,
+    max_tokens: int,
+    samples_per_prompt: int,
+    free: int | None = None,
 ) -> int:
     """Rows of `max_tokens` slots, all devices together, with their share of a prompt's cache and float32 logits.
 
     At least one per shard: whether that much fits is the device's to say. One of few numbers, 2^n or 3 * 2^n rows per
     shard, so that a little more or less free memory does not ask for other programs.
+
+    Args:
+      free: bytes of a device; None: what it has now.
     """
     slots = max_tokens + prompt_slots / samples_per_prompt
     cache = kv_bytes_per_token(arch, jnp.dtype(dtype).name) * slots * _ONE_LAYER_TWICE
     each = (cache + 3 * 4 * arch.vocab_size) / mesh.shape["tensor"]
-    free = free_bytes(mesh)
+    free = free_bytes(mesh) if free is None else free
     shards = num_row_shards(mesh)
     fitting = max(1, int(_SHARE * free / each))
     power = 2 ** (fitting.bit_length() - 1)
