@@ -15,7 +15,7 @@ LEVELS = [
     {"models", "checkpoint"},
     {"data", "rewards", "sampling", "rl"},
     {"policy"},
-    {"evaluate", "sft", "sample", "export"},
+    {"evaluate", "sft", "sample", "export", "aot"},
     {"train", "plan", "scaling"},
     {"cli"},
 ]
