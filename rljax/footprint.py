@@ -17,6 +17,7 @@ from rljax.config import Architecture, ConfigError, MeshConfig, RunConfig
 from rljax.costs import BYTES, kept_bytes_per_token, kv_bytes_per_token, update_parts
 from rljax.mesh import LEARNER_RULES, SAMPLER_RULES, Rules
 from rljax.models.attention import DENSE_UP_TO
+from rljax.models.layers import with_a_kv_head_each
 from rljax.models.scoring import MAX_CHUNK
 from rljax.rl.memory import LADDER, SHARE
 from rljax.rl.packing import RowShape, row_shape
@@ -92,33 +93,40 @@ def check_divides(arch: Architecture, mesh: MeshConfig) -> None:
     Raises:
       ConfigError: says which axis, which size, and the nearest choices that work.
     """
-    for rules in (LEARNER_RULES, SAMPLER_RULES):
-        for weight in weights(arch):
-            for size, name in weight.dims:
-                axis = rules.get(name)
-                if axis is None or size % getattr(mesh, axis) == 0:
-                    continue
-                given, fits = getattr(mesh, axis), sizes_that_divide(arch, axis)
-                below = max(n for n in fits if n < given)
-                above = [n for n in fits if n > given]
-                also = f", above it {min(above)}" if above else ""
-                raise ConfigError(
-                    f"mesh.{axis} = {given} does not divide {name} = {size} of {weight.name}; of what divides all that "
-                    f"{axis} splits in this model the nearest below is mesh.{axis} = {below}{also}"
-                )
+    for axis, name, size, of in _split_dims(arch):
+        given = getattr(mesh, axis)
+        if _divides(given, name, size):
+            continue
+        fits = sizes_that_divide(arch, axis)
+        below, above = max(n for n in fits if n < given), [n for n in fits if n > given]
+        also = f", above it {min(above)}" if above else ""
+        raise ConfigError(
+            f"mesh.{axis} = {given} does not divide {name} = {size} of {of}; of what divides all that {axis} splits in "
+            f"this model the nearest below is mesh.{axis} = {below}{also}"
+        )
 
 
 def sizes_that_divide(arch: Architecture, axis: str) -> list[int]:
-    """Sizes of a mesh axis that divide every dim it splits; of data any, so 1."""
-    dims = {
-        size
+    """Sizes of a mesh axis that go with every dim it splits; of data any, so 1."""
+    dims = [(name, size) for of, name, size, _ in _split_dims(arch) if of == axis]
+    common = math.gcd(*(size for name, size in dims if name != "kv_heads")) if dims else 1
+    return [n for n in range(1, common + 1) if common % n == 0 and all(_divides(n, *dim) for dim in dims)]
+
+
+def _split_dims(arch: Architecture) -> list[tuple[str, str, int, str]]:
+    """(mesh axis, dim's name, its size, what it is of) of all dims that are split."""
+    return [
+        (axis, name, size, weight.name)
         for rules in (LEARNER_RULES, SAMPLER_RULES)
         for weight in weights(arch)
         for size, name in weight.dims
-        if rules.get(name) == axis
-    }
-    common = math.gcd(*dims) if dims else 1
-    return [n for n in range(1, common + 1) if common % n == 0]
+        if (axis := rules.get(name)) is not None
+    ]
+
+
+def _divides(shards: int, name: str, size: int) -> bool:
+    """Key/value heads may also be fewer than the shards, each then copied for several (`layers.copy_kv_heads`)."""
+    return size % shards == 0 or (name == "kv_heads" and shards % size == 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- a run
@@ -173,6 +181,11 @@ class Setting:
         return self.config.sampling.max_completion_tokens
 
     @cached_property
+    def sampler_arch(self) -> Architecture:
+        """The model as the sampler holds it: no device of `tensor` is without a key/value head."""
+        return with_a_kv_head_each(self.arch, self.mesh.tensor)
+
+    @cached_property
     def rows(self) -> RowShape:
         """Shape of the arrays of an update."""
         algorithm = self.config.algorithm
@@ -199,7 +212,7 @@ class Setting:
         if not config.sampling.max_rows:
             rows = rows_in(
                 max(free, 0),
-                self.arch,
+                self.sampler_arch,
                 self.compute_dtype,
                 prompt_slots=self.prompt_slots,
                 max_tokens=self.max_tokens,
@@ -226,7 +239,8 @@ def resident(setting: Setting) -> Parts:
         wide = config.algorithm.reference_update == "ema" or config.model.head_dtype == "float32"
         size = 4 if wide else BYTES[setting.compute_dtype]
         parts["reference"] = size * params_on_device(arch, mesh)
-    parts["sampler weights"] = BYTES[setting.compute_dtype] * params_on_device(arch, mesh, SAMPLER_RULES)
+    made = params_on_device(setting.sampler_arch, mesh, SAMPLER_RULES)
+    parts["sampler weights"] = BYTES[setting.compute_dtype] * made
     return parts
 
 
@@ -291,7 +305,7 @@ def sync_work(setting: Setting) -> int:
 def cache_bytes(setting: Setting, shape: Shape) -> int:
     """Keys and values of prompts, once per lane, and of completions."""
     slots = shape.lanes * setting.prompt_slots + shape.rows * shape.slots
-    return slots * kv_bytes_per_token(setting.arch, setting.compute_dtype) // setting.mesh.tensor
+    return slots * kv_bytes_per_token(setting.sampler_arch, setting.compute_dtype) // setting.mesh.tensor
 
 
 def decode_work(setting: Setting, shape: Shape) -> int:
@@ -304,7 +318,7 @@ def decode_work(setting: Setting, shape: Shape) -> int:
 def prefill_work(setting: Setting, shape: Shape) -> int:
     """Temporaries of running the prompts of all lanes: one layer's activations of a piece of them, the logits of their
     last tokens twice, and where there are several pieces the prompts' cache once more."""
-    arch, tensor, dtype, slots = setting.arch, setting.mesh.tensor, setting.compute_dtype, setting.prompt_slots
+    arch, tensor, dtype, slots = setting.sampler_arch, setting.mesh.tensor, setting.compute_dtype, setting.prompt_slots
     prompts = shape.lanes if shape.width > 1 else -(-shape.lanes // setting.config.algorithm.group_size)
     piece = max(1, PREFILL_SCORES // (arch.num_heads * slots * slots))
     count = next(n for n in range(-(-prompts // piece), prompts + 1) if prompts % n == 0)

@@ -104,7 +104,7 @@ def rollout_seconds(
     share, tensor, shards = config.plan.sampler_share, setting.mesh.tensor, setting.row_shards
     length = round(config.plan.prompt_tokens)
     once = costs.forward_flops(arch, prompts * length, prompts * costs.causal_context_sum([length]), prompts)
-    weights = costs.BYTES[setting.compute_dtype] * params_on_device(arch, setting.mesh, SAMPLER_RULES)
+    weights = costs.BYTES[setting.compute_dtype] * params_on_device(setting.sampler_arch, setting.mesh, SAMPLER_RULES)
     prefill = max(once / where.devices / chip.flops, weights / chip.memory_rate)
     rows = max(1.0, prompts * samples / shards)
     at_once = min(rows, float(found.shape.rows))
@@ -175,6 +175,6 @@ def _learner_seconds(
 def _sync_seconds(setting: Setting, where: Slice) -> float:
     """Read, cast, gathered over fsdp, written."""
     mesh, size = setting.mesh, costs.BYTES[setting.compute_dtype]
-    local, made = params_on_device(setting.arch, mesh), params_on_device(setting.arch, mesh, SAMPLER_RULES)
+    local, made = params_on_device(setting.arch, mesh), params_on_device(setting.sampler_arch, mesh, SAMPLER_RULES)
     moved = size * made * (mesh.fsdp - 1) / mesh.fsdp / where.rate_between(mesh.fsdp * mesh.tensor)
     return max((4 * local + size * made) / where.chip.memory_rate, moved)

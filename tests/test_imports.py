@@ -15,7 +15,7 @@ LEVELS = [
     {"models", "checkpoint"},
     {"data", "rewards", "sampling", "rl"},
     {"policy", "footprint"},
-    {"evaluate", "sft", "sample", "export", "steptime"},
+    {"evaluate", "sft", "sample", "export", "steptime", "aot"},
     {"train", "plan", "scaling"},
     {"plan_page"},
     {"cli"},

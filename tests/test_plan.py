@@ -44,6 +44,7 @@ from rljax.footprint import (
 from rljax.hardware import CHIPS, slice_named, slices_of
 from rljax.mesh import AXES, LEARNER_RULES, SAMPLER_RULES, param_shardings
 from rljax.models import qwen2
+from rljax.models.layers import with_a_kv_head_each
 from rljax.plan import architecture_of, meshes_on, plan_command, plan_run, planned_meshes, recommended, search
 from rljax.plan_page import page
 from rljax.rl.learner import state_shapes
@@ -147,8 +148,9 @@ def real_bytes(arch: Architecture, sizes: MeshConfig, optimizer: OptimizerConfig
 
     params = placed(qwen2.param_shapes(arch), qwen2.param_axes(arch), dict(LEARNER_RULES))
     state = state_shapes(params, optimizer, mesh)  # type: ignore[arg-type]
-    made = jax.eval_shape(lambda p: qwen2.sampler_params(p, arch, "bfloat16"), qwen2.param_shapes(arch))
-    sampler = placed(made, qwen2.sampler_param_axes(arch), dict(SAMPLER_RULES))
+    copied = with_a_kv_head_each(arch, sizes.tensor)
+    made = jax.eval_shape(lambda p: qwen2.sampler_params(p, copied, "bfloat16"), qwen2.param_shapes(arch))
+    sampler = placed(made, qwen2.sampler_param_axes(copied), dict(SAMPLER_RULES))
     return {
         "master weights": size(state.params),
         "moments": size(state.opt_state),
@@ -156,12 +158,12 @@ def real_bytes(arch: Architecture, sizes: MeshConfig, optimizer: OptimizerConfig
     }
 
 
-ODD = Architecture(96, 3, 6, 2, 16, 160, 128, tied_embeddings=False, qkv_bias=False, qk_norm=True)
+ODD = Architecture(96, 3, 8, 2, 16, 160, 128, tied_embeddings=False, qkv_bias=False, qk_norm=True)
 TIED = Architecture(64, 2, 4, 2, 16, 192, 64, tied_embeddings=True)
 
 
 @pytest.mark.parametrize("arch", [ODD, TIED], ids=["untied, query-key norms", "tied, biases"])
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 4, 1), (1, 2, 2), (4, 8, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 4, 1), (1, 2, 2), (4, 8, 2), (1, 2, 4)])
 @pytest.mark.parametrize(
     "optimizer", [OptimizerConfig(), OptimizerConfig(name="muon"), OptimizerConfig(moments_dtype="bfloat16")],
     ids=["adamw", "muon", "bfloat16 moments"],
@@ -325,7 +327,7 @@ def test_what_is_decoded_at_once() -> None:
         ("qwen2.5-7b", (1, 1, 7), "mesh.tensor = 7 does not divide kv_heads = 4 of k and v; .* is mesh.tensor = 4"),
         ("qwen2.5-7b", (1, 1, 8), "mesh.tensor = 8 does not divide heads = 28 of q; .* is mesh.tensor = 4"),
         ("qwen2.5-0.5b", (1, 1, 4), "mesh.tensor = 4 does not divide heads = 14 of q; .* is mesh.tensor = 2"),
-        ("qwen2.5-72b", (1, 8, 16), "mesh.tensor = 16 does not divide kv_heads = 8 of k and v; .* mesh.tensor = 8"),
+        ("qwen2.5-14b", (1, 8, 16), "mesh.tensor = 16 does not divide heads = 40 of q; .* mesh.tensor = 8"),
         ("qwen2.5-0.5b", (1, 24, 1), "mesh.fsdp = 24 .* embed = 896 of q; .* mesh.fsdp = 16, above it 28"),
     ],
 )
@@ -336,7 +338,8 @@ def test_a_mesh_that_does_not_divide(name: str, mesh: tuple[int, int, int], said
 
 def test_what_divides() -> None:
     assert sizes_that_divide(ARCHITECTURES["qwen2.5-7b"], "tensor") == [1, 2, 4]
-    assert sizes_that_divide(LARGE, "tensor") == [1, 2, 4, 8]  # its MLP is 128 * 231
+    assert sizes_that_divide(ARCHITECTURES["qwen2.5-1.5b"], "tensor") == [1, 2, 4]  # two heads, copied for four
+    assert sizes_that_divide(LARGE, "tensor") == [1, 2, 4, 8, 16, 32, 64]  # its MLP is 128 * 231
     assert sizes_that_divide(SMALL, "fsdp") == [n for n in range(1, 897) if 896 % n == 0]
     where = slice_named("v5e-8")
     found = meshes_on(where, SMALL)

@@ -16,11 +16,21 @@ _ONE_LAYER_TWICE = 1.25
 
 
 def rows_that_fit(
-    arch: Architecture, dtype: Any, mesh: Mesh, prompt_slots: int, max_tokens: int, samples_per_prompt: int
+    arch: Architecture,
+    dtype: Any,
+    mesh: Mesh,
+    prompt_slots: int,
+    max_tokens: int,
+    samples_per_prompt: int,
+    free: int | None = None,
 ) -> int:
-    """`rows_in` of the free memory of `mesh`, all devices together."""
+    """`rows_in` of the free memory of `mesh`, all devices together.
+
+    Args:
+      free: bytes of a device; None: what it has now.
+    """
     each = rows_in(
-        free_bytes(mesh),
+        free_bytes(mesh) if free is None else free,
         arch,
         jnp.dtype(dtype).name,
         prompt_slots=prompt_slots,
