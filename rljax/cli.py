@@ -268,6 +268,24 @@ def _advise(argv: list[str]) -> None:
     run_advise(advise_arguments(_Parser(prog="rljax advise", allow_abbrev=False)).parse_args(argv))
 
 
+def _plan(argv: list[str]) -> None:
+    """Does a run fit on a slice, how fast, at what cost   CONFIG.yaml ... --plan.slice v5p-128 [--search]"""
+    if argv[:1] == ["--costs"]:
+        if len(argv) != 2:
+            raise ConfigError(f"rljax plan --costs takes one folder of YAML files and was given {len(argv) - 1}")
+        from rljax.plan_page import page
+
+        print(page(argv[1]), end="")
+        return
+    from rljax.config_file import parse_config
+
+    switches = {"--search": "--plan.search=true"}
+    config = parse_config([switches.get(argument, argument) for argument in argv], prog="rljax plan")
+    from rljax.plan import plan_command
+
+    print("\n".join(plan_command(config)))
+
+
 def _data(argv: list[str]) -> None:
     """Makes the paper's data files, or says what a file holds   prepare KIND SOURCE OUTPUT_DIR | inspect FILE ..."""
     options = data_parser().parse_args(argv)
@@ -344,6 +362,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "fit": _fit,
     "advise": _advise,
     "report": _report,
+    "plan": _plan,
     "data": _data,
 }
 

@@ -424,6 +424,35 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """`rljax plan`: whether a run fits on a slice, how long a step takes there, and what the run costs."""
+
+    slice: str = ""
+    """`v5p-128`, `v6e-8`, `h200-8`: in v4-N, v5p-N and tpu7x-N, N counts TensorCores, two to a chip; elsewhere chips.
+    With `search` also a generation alone, `v5e`."""
+    search: bool = False
+    """Find the fewest chips of that generation on which the run fits, and their fastest mesh."""
+    meshes: tuple[str, ...] = ()
+    """Slices the run is meant for, each with its mesh, data x fsdp x tensor: `v5p-128 1x8x8`. The one of `slice` goes
+    before `mesh`."""
+    steps: int = 0
+    """Steps of the run that is paid for; 0: as `steps`."""
+    prompt_tokens: float = 150.0
+    """Mean length of a prompt, for times; memory is planned for the longest. The paper's is 150."""
+    completion_tokens: float = 800.0
+    """Mean length of a completion; lengths are log-normal around it and cut at the cap."""
+    evaluation_prompts: int = 500
+    """Prompts of `evaluation.data`, where `evaluation.max_prompts` does not say: the paper's holdout has 500."""
+    sampler_share: float = 0.3
+    """Speed of sampling as a share of the roofline of the data sheet. 0.3: 0.47, measured on an H200 with lengths all
+    alike (1.5B, 59 % of a measured read rate that is 79 % of the sheet's), times 0.65 for lengths that differ, counted
+    by benchmarks/simulate.py."""
+    learner_share: float = 0.28
+    """The same of updates and rescoring. 0.28: 40 % of a large product's measured rate, 69 % of the sheet's, of the
+    0.5B model on an H200. No TPU was measured."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Learner state, data iterator, config and counters, saved as one unit."""
 
@@ -472,6 +501,7 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
+    plan: PlanConfig = PlanConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -503,6 +533,8 @@ _AT_LEAST_ONE = (
     "eval.samples_per_prompt",
     "sample.samples_per_prompt",
     "sample.max_completion_tokens",
+    "plan.prompt_tokens",
+    "plan.completion_tokens",
     "checkpoint.keep",
 )
 _AT_LEAST_ZERO = (
@@ -552,6 +584,8 @@ _AT_LEAST_ZERO = (
     "sample.top_k",
     "sample.min_completion_tokens",
     "sampling.max_rows",
+    "plan.steps",
+    "plan.evaluation_prompts",
     "checkpoint.every",
     "logging.rollouts",
 )
@@ -585,6 +619,12 @@ def _check_ranges(config: RunConfig) -> None:
             f"sample.top_p = {config.sample.top_p} must be above 0 and at most 1, and sample.min_p = "
             f"{config.sample.min_p} from 0 to 1; 1 and 0 switch them off"
         )
+    for name in ("plan.sampler_share", "plan.learner_share"):
+        if not 0 < field_value(config, name) <= 1:
+            raise ConfigError(
+                f"{name} = {field_value(config, name)} must be above 0 and at most 1, a share of the roofline; change "
+                f"it in the YAML or with --{name}"
+            )
     if not 0 < config.reward.timeout_seconds < math.inf:
         raise ConfigError(
             f"reward.timeout_seconds = {config.reward.timeout_seconds} must be positive and finite; change it in the "

@@ -230,7 +230,7 @@ _MAY_CHANGE = (
     # Where a run is written, how long it goes on, what is seen of it.
     *("run_dir", "steps", "logging", "checkpoint", "evaluation.every", "reward.hack_meter"),
     # What only other commands read.
-    *("sft", "eval", "sample"),
+    *("sft", "eval", "sample", "plan"),
     # Where and in which portions the same thing is computed: other devices, less memory.
     *("mesh", "model.remat", "algorithm.microbatch_tokens"),
     *("sampling.chunk_tokens", "sampling.cache_growth", "sampling.compact", "sampling.refill", "sampling.max_rows"),

@@ -228,7 +228,7 @@ def kept_bytes_per_token(arch: Architecture, dtype: str, remat: str, *, scores: 
     return (4 * size + 2 * 4) * arch.hidden_size + split // tensor
 
 
-def update_bytes(
+def update_parts(
     arch: Architecture,
     dtype: str,
     remat: str,
@@ -239,12 +239,15 @@ def update_bytes(
     trained_params: int,
     tensor: int = 1,
     shards: int = 1,
-) -> int:
+) -> dict[str, int]:
     """Memory of an update on one device beside what it is given: an upper estimate of the compiler's temporary bytes.
 
-    The layers' activations, and one layer's once more, which is recomputed or being differentiated; three times the
-    trained parameters in float32 (the gradient summed so far, a micro-batch's, copies in other layouts); one layer's
-    weights, gathered and cast; the head's gradient and its weights as computed with; two chunks of logits.
+      gradients    float32, summed so far
+      temporaries  twice that again, a micro-batch's and copies in other layouts; one layer's weights, gathered and
+                   cast, of "none" all layers' as cast
+      activations  what the layers keep, and one layer's once more, which is recomputed or being differentiated
+      embedding    its gradient and its table as computed with, in whole rows
+      loss head    its gradient, its weights as computed with, two chunks of logits
 
     Args:
       tokens: slots of a micro-batch on the device.
@@ -257,12 +260,22 @@ def update_bytes(
     kept = kept_bytes_per_token(arch, dtype, remat, scores=scores, tensor=tensor)
     again = kept_bytes_per_token(arch, dtype, "none", scores=scores, tensor=tensor)
     again += 4 * BYTES[dtype] * arch.mlp_size // tensor  # of the gate and what it is multiplied with, not kept
-    needed = tokens * (arch.num_layers * kept + again) + 3 * 4 * trained_params // shards
-    needed += matmul_params(arch) // arch.num_layers * BYTES[dtype] // tensor
-    needed += head_params(arch) * (4 + BYTES[dtype]) // tensor + 2 * 4 * logits // tensor
+    temporaries = 2 * 4 * trained_params // shards
+    temporaries += matmul_params(arch) // arch.num_layers * BYTES[dtype] // tensor
     if remat == "none" and dtype != "float32":  # layers that are not computed again keep their weights as cast
-        needed += matmul_params(arch) * BYTES[dtype] // shards
-    return needed
+        temporaries += matmul_params(arch) * BYTES[dtype] // shards
+    return {
+        "gradients": 4 * trained_params // shards,
+        "activations": tokens * (arch.num_layers * kept + again),
+        "embedding": head_params(arch) * (4 + BYTES[dtype]) // tensor,
+        "loss head": head_params(arch) * (4 + BYTES[dtype]) // tensor + 2 * 4 * logits // tensor,
+        "temporaries": temporaries,
+    }
+
+
+def update_bytes(arch: Architecture, dtype: str, remat: str, **sizes: int) -> int:
+    """All of `update_parts`."""
+    return sum(update_parts(arch, dtype, remat, **sizes).values())
 
 
 def kv_bytes_per_token(arch: Architecture, dtype: str) -> int:

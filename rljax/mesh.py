@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rljax.config import ConfigError, MeshConfig
@@ -47,8 +48,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{given}: the fixed axes multiply to {fixed} and {rule}, the number of devices here; "
             f"change one, or set it to -1 to take what is left"
         )
-    grid = np.asarray(devices).reshape([sizes[axis] for axis in AXES])
+    shape = [sizes[axis] for axis in AXES]
+    grid = np.asarray(devices).reshape(shape)
+    if devices[0].platform == "tpu":  # neighbours of an axis should be so in the torus, too
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def platform() -> str:
+    """What is compiled for, "cpu", "gpu" or "tpu": that of the mesh entered (`jax.set_mesh`), else of this process.
+
+    The two differ where programs are compiled for a machine that is not here (`rljax/aot.py`).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def tensor_shards() -> int:
+    """Devices that split heads and columns on the mesh entered; 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
 
 
 def num_row_shards(mesh: Mesh) -> int:
@@ -74,12 +92,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def param_shardings(mesh: Mesh, shapes: Any, axes: Any, rules: Rules) -> Any:
     """Tree of shardings for a tree of shapes and a same-structured tree of logical axis names.
 
+    Key/value heads that are fewer than the devices to split them, and a divisor of those, are split within each head.
+
     Raises:
       ConfigError: a dim is not a multiple of the mesh axis that splits it.
     """
 
     def sharding(path: Any, leaf: Any, names: tuple[str, ...]) -> NamedSharding:
         spec = [rules.get(name) for name in names]
+        if "kv_heads" in names and "head_dim" in names:
+            place = names.index("kv_heads")
+            axis, heads = spec[place], leaf.shape[place]
+            if axis is not None and mesh.shape[axis] > heads and mesh.shape[axis] % heads == 0:
+                spec[place], spec[names.index("head_dim")] = None, axis
         for size, name, axis in zip(leaf.shape, names, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 fits = [n for n in range(1, mesh.shape[axis] + 1) if size % n == 0]

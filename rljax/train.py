@@ -266,6 +266,7 @@ def _open_run(
         reference = base
     elif with_kl and params is not None:
         reference = reference_copy(params, reference_dtype(config.algorithm, policy.head_dtype))
+    del params  # state and reference have copies, and what is free from here on is a rollout's or an update's
     sampler = policy.sampler(config.sampling)
     sampler.sync(attach(base, state.params, config.lora.scale))
     sampler.block_until_ready()  # with the weights in place, what is free is an update's

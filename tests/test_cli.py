@@ -155,7 +155,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert not said.err and all(f"rljax {name} " in said.out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["train", "sft", "eval"])
+@pytest.mark.parametrize("name", ["train", "sft", "eval", "plan"])
 def test_help_lists_every_field(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     said = capsys.readouterr().out
@@ -400,12 +400,12 @@ def test_a_mesh_of_more_devices_than_there_are(from_scratch: Refused) -> None:
 def test_a_mesh_that_does_not_divide_the_heads(place: Place) -> None:
     done = command(
         *("train", str(place.root / "from_scratch.yaml"), "--run_dir", str(place.root / "split")),
-        *("--mesh.tensor", "4", "--mesh.fsdp", "1"),
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        *("--mesh.tensor", "8", "--mesh.fsdp", "1"),
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
     assert done.returncode == 64, done.stderr
     said = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "mesh.tensor = 4 does not divide kv_heads = 2" in said and "mesh.tensor = 2" in said
+    assert "mesh.tensor = 8 does not divide heads = 4" in said and "mesh.tensor = 4" in said
     assert "Traceback" not in done.stderr
 
 

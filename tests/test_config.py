@@ -307,7 +307,7 @@ def test_every_number_has_a_check() -> None:
     unlisted -= {*_AT_LEAST_ONE, *_AT_LEAST_ZERO}
     mesh = {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # against the devices, when the mesh is made
     own_rule = {"optimizer.b1", "optimizer.b2", "reward.timeout_seconds", "sample.top_p", "sample.min_p"}
-    own_rule |= {"eval.top_p", "optimizer.final_learning_rate_fraction"}
+    own_rule |= {"eval.top_p", "optimizer.final_learning_rate_fraction", "plan.sampler_share", "plan.learner_share"}
     assert unlisted == mesh | own_rule
 
 

@@ -97,7 +97,8 @@ alone = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
 one = run(alone)
 gradients = {loss: gradient(alone, one[0], loss) for loss in ("clip", "gspo")}
 result = {}
-for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("data 2 x tensor 2", MeshConfig(data=2, fsdp=1, tensor=2)),
+for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("tensor 4", MeshConfig(fsdp=1, tensor=4)),
+                     ("data 2 x tensor 2", MeshConfig(data=2, fsdp=1, tensor=2)),
                      ("data 2", MeshConfig(data=2, fsdp=1))):
     devices = jax.devices()[: 2 if name == "data 2" else 4]
     many = run(make_mesh(config, devices))
@@ -134,6 +135,11 @@ result["adapter"] = {
     "params": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (trees, other_trees)), strict=True)),
     "grad_norm": abs(norm - other_norm) / norm,
 }
+(copied, _), copied_norm = adapted(make_mesh(MeshConfig(fsdp=1, tensor=4)), one[0])
+result["adapter of copied heads"] = {
+    "params": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (trees[0], copied)), strict=True)),
+    "grad_norm": abs(norm - copied_norm) / norm,
+}
 print(json.dumps(result))
 """
 
@@ -156,8 +162,9 @@ def differences() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", ["fsdp 4", "data 2 x tensor 2", "data 2"])
+@pytest.mark.parametrize("mesh", ["fsdp 4", "tensor 4", "data 2 x tensor 2", "data 2"])
 def test_many_devices_equal_one(differences: dict[str, dict[str, float]], mesh: str) -> None:
+    """On "tensor 4" two devices share each of the two key/value heads."""
     difference = differences[mesh]
     assert difference["tokens"] > 800
     assert difference["different_tokens"] == 0
@@ -176,5 +183,6 @@ def test_many_devices_equal_one(differences: dict[str, dict[str, float]], mesh: 
 
 def test_an_adapter_learns_and_is_synced_on_many_devices_as_on_one(differences: dict[str, dict[str, float]]) -> None:
     """Matrices, and so the factors beside them, split by width over fsdp and by heads over tensor."""
-    assert differences["adapter"]["grad_norm"] < 2e-6
-    assert differences["adapter"]["params"] < 2e-6
+    for case in ("adapter", "adapter of copied heads"):
+        assert differences[case]["grad_norm"] < 2e-6
+        assert differences[case]["params"] < 2e-6

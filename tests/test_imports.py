@@ -11,12 +11,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rljax"
 
 LEVELS = [
     {"config"},
-    {"config_file", "jsonl", "types", "mesh", "costs", "metrics", "run_log", "tokenizer"},
+    {"config_file", "jsonl", "types", "mesh", "costs", "hardware", "metrics", "run_log", "tokenizer"},
     {"models", "checkpoint"},
     {"data", "rewards", "sampling", "rl"},
-    {"policy"},
-    {"evaluate", "sft", "sample", "export"},
+    {"policy", "footprint"},
+    {"evaluate", "sft", "sample", "export", "steptime", "aot"},
     {"train", "plan", "scaling"},
+    {"plan_page"},
     {"cli"},
 ]
 """From the bottom up. A module may import those below it, and its own parts."""
@@ -83,6 +84,7 @@ def test_an_upward_import_is_caught() -> None:
     [
         ["--help"],
         ["train", "--help"],
+        ["plan", "--help"],
         ["convert", "--help"],
         ["sweep", "--help"],
         ["data", "--help"],

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from rljax.mesh import AXES, ROWS
+from rljax.mesh import AXES, ROWS, platform
 from rljax.models.blockwise import blockwise_attention
 
 Backend = Callable[[jax.Array, jax.Array, jax.Array, "AttentionLayout"], jax.Array]
@@ -97,11 +97,11 @@ DENSE_UP_TO, DENSE_UP_TO_ON_CPU = 512, 64
 
 
 def choose_backend(length: int, head_dim: int, dtype: Any) -> str:
-    """Key of `BACKENDS` for rows of T = `length` positions in `dtype` on this process's platform."""
-    platform = jax.default_backend()
-    if length <= (DENSE_UP_TO_ON_CPU if platform == "cpu" else DENSE_UP_TO):
+    """Key of `BACKENDS` for rows of T = `length` positions in `dtype` on the platform compiled for."""
+    kind = platform()
+    if length <= (DENSE_UP_TO_ON_CPU if kind == "cpu" else DENSE_UP_TO):
         return "dense"
-    if platform == "gpu" and dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and _has_fused_cudnn():
+    if kind == "gpu" and dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and _has_fused_cudnn():
         return "cudnn"
     return "blockwise"
 

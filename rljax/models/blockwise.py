@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rljax.mesh import platform
+
 if TYPE_CHECKING:
     from rljax.models.attention import AttentionLayout
 
@@ -231,7 +233,7 @@ def blockwise_attention(
 
     q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]. Scores, softmax and sums in float32.
     """
-    block = block or (CPU_BLOCK if jax.default_backend() == "cpu" else BLOCK)
+    block = block or (CPU_BLOCK if platform() == "cpu" else BLOCK)
     length = q.shape[1]
     fill = ((0, 0), (0, -length % block), (0, 0), (0, 0))
     whole = type(layout)(

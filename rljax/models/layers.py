@@ -4,6 +4,7 @@ Letters: B rows, T positions, D width, N query heads, K key/value heads, H head 
 `...` stands for [B, T] in the learner and [rows] in the sampler.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from rljax.config import Architecture
+from rljax.mesh import platform, tensor_shards
 
 Weights = Mapping[str, jax.Array]
 Rope = tuple[jax.Array, jax.Array]
@@ -80,12 +83,12 @@ def dot_output_major(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def feeds_columns() -> bool:
-    """Whether the rows of a decode step are multiplied as W X with X [D, rows], on this process's platform.
+    """Whether the rows of a decode step are multiplied as W X with X [D, rows], on the platform compiled for.
 
     XLA:CPU rearranges the right operand of a product before it multiplies, and the few rows of a step are less to
     rearrange than a weight. A GPU takes either order, but turning the result back is slow there.
     """
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
 def _columns(x: jax.Array) -> jax.Array:
@@ -106,7 +109,7 @@ def _rows_of(columns: jax.Array, like: jax.Array) -> jax.Array:
 
 def _settled(x: jax.Array) -> jax.Array:
     """`x` as an array of its own on a CPU, where XLA would otherwise fold its transpose into the product."""
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    return jax.lax.optimization_barrier(x) if platform() == "cpu" else x
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -196,6 +199,41 @@ def merge_adapters(weights: Weights) -> dict[str, jax.Array]:
             product = dot(f"...{into}r,...r{out}->...{into}{out}", a, b)
             merged[name] = merged[name].astype(jnp.float32) + product
     return merged
+
+
+KV_LEAVES = ("k", "v", "k_bias", "v_bias", "k_lora_b", "v_lora_b")
+"""Weights [..., K, H]."""
+
+
+def with_a_kv_head_each(arch: Architecture, tensor: int) -> Architecture:
+    """`arch` as `tensor` devices compute it, which split the query heads: none of them without a key/value head.
+
+    Where there are more devices than heads, and a multiple of them, as many devices hold a copy of the same head.
+    """
+    if tensor <= arch.num_kv_heads or tensor % arch.num_kv_heads or arch.num_heads % tensor:
+        return arch
+    return dataclasses.replace(arch, num_kv_heads=tensor)
+
+
+def copy_kv_heads(weights: Weights, arch: Architecture) -> dict[str, jax.Array]:
+    """`weights` of a layer, learner layout, with the key/value heads of `arch`, each copied as often as that takes.
+
+    Of the weights and not of what they give, so that a device computes its own head and no other.
+    """
+    spread = dict(weights)
+    for name in KV_LEAVES:
+        if name in spread:
+            copies = arch.num_kv_heads // spread[name].shape[-2]
+            spread[name] = jnp.repeat(_whole_heads(spread[name]), copies, axis=-2) if copies > 1 else spread[name]
+    return spread
+
+
+def _whole_heads(x: jax.Array) -> jax.Array:
+    """`x` [..., K, H], its last dims brought together on the mesh entered: they lie split within the heads."""
+    if tensor_shards() == 1:
+        return x
+    anyhow = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*anyhow, None, None))
 
 
 def project_qkv(weights: Weights, arch: Architecture, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

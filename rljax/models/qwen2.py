@@ -21,16 +21,19 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import Architecture
+from rljax.mesh import tensor_shards
 from rljax.models.attention import NEVER, AttentionLayout, attention
 from rljax.models.layers import (
     LINEARS,
     PRODUCT,
     Rope,
+    copy_kv_heads,
     decoder_block,
     dot_to_float32,
     merge_adapters,
     rms_norm,
     rope_tables,
+    with_a_kv_head_each,
 )
 
 Params = dict[str, Any]
@@ -79,7 +82,8 @@ class Block(nn.Module):
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attention(q, k, v, layout), None
 
-        return decoder_block(weights, a, x, rope, attend)
+        spread = with_a_kv_head_each(a, tensor_shards())
+        return decoder_block(copy_kv_heads(weights, spread), spread, x, rope, attend)
 
 
 def _initializer(name: str, axes: tuple[str, ...]):
@@ -194,11 +198,13 @@ def sampler_params(params: Params, arch: Architecture, compute_dtype: Any, head_
     """Learner layout to sampler layout: unstack, merge adapters, cast, fuse. Jitted by the caller: the weight sync.
 
     Args:
+      arch: the model, or with copies of its key/value heads (`layers.with_a_kv_head_each`).
       head_dtype: of the final norm and the head, and so of `final_states` and their logits; None: the compute dtype.
     """
     groups = arch.num_heads // arch.num_kv_heads
 
     def fuse(weights: Params) -> Params:
+        weights = copy_kv_heads(weights, arch)
         fused = {name: weights[name] for name in weights if name not in ("q", "k", "v", "gate", "up")}
         q = weights["q"].reshape(arch.hidden_size, arch.num_kv_heads, groups, arch.head_dim)
         qkv = jnp.concatenate([q, weights["k"][:, :, None], weights["v"][:, :, None]], axis=2)

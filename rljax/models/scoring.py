@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from rljax.config import Architecture
-from rljax.mesh import AXES, ROWS
+from rljax.mesh import AXES, ROWS, platform
 from rljax.models.qwen2 import Params, head_params, logits
 
 MAX_LOGITS = 2**24
@@ -26,12 +26,12 @@ MAX_CHUNK = 1024
 
 
 def chunk_tokens(tokens: int, vocab_size: int) -> int:
-    """C for `tokens` tokens of which any number may be in the mask, on this process's platform.
+    """C for `tokens` tokens of which any number may be in the mask, on the platform compiled for.
 
     On GPU and TPU whole chunks whatever the vocabulary, 0.6 GB of logits for Qwen's 152k: every chunk reads the head
     and adds to its gradient, and that is hidden behind the products only if they have about a thousand rows.
     """
-    most = MAX_LOGITS // vocab_size if jax.default_backend() == "cpu" else MAX_CHUNK
+    most = MAX_LOGITS // vocab_size if platform() == "cpu" else MAX_CHUNK
     return max(1, min(tokens, MAX_CHUNK, most))
 
 

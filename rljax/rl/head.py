@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rljax.config import Architecture
-from rljax.mesh import ROWS
+from rljax.mesh import ROWS, platform
 from rljax.metrics import Max, Metric, Min, merge, nothing_counted
 from rljax.models.qwen2 import Params, head_params
 from rljax.models.scoring import (
@@ -166,7 +166,7 @@ def _over_rows(
     highest = jnp.stack(highest) if highest else jnp.zeros(0)
     # Simulated devices wait for one another in the threads of few cores: one collective after the other, and none
     # beside those of the backward pass that comes next.
-    in_order = jax.lax.optimization_barrier if jax.default_backend() == "cpu" else lambda arrays: arrays
+    in_order = jax.lax.optimization_barrier if platform() == "cpu" else lambda arrays: arrays
     flat, highest = in_order((jax.lax.psum(flat, ROWS[0]), highest))
     highest, d_weights = in_order((jax.lax.pmax(highest, ROWS[0]), d_weights))
     d_weights, d_hidden = in_order((jax.lax.psum(d_weights, ROWS[0]), d_hidden))

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 LADDER = ("none", "dots", "full")
 """From the fastest, which keeps all activations, to the smallest."""
 
-_SHARE = 0.9
+SHARE = 0.9
 """Of the free memory; the rest is for fragments and what the estimate does not know."""
 
 
@@ -35,7 +35,7 @@ class Remat:
 
     @property
     def fits(self) -> bool:
-        return self.needed_bytes <= _SHARE * self.free_bytes
+        return self.needed_bytes <= SHARE * self.free_bytes
 
     def __str__(self) -> str:
         needed, free = self.needed_bytes / 2**30, self.free_bytes / 2**30
@@ -43,7 +43,13 @@ class Remat:
 
 
 def choose_remat(
-    remat: str, arch: Architecture, mesh: Mesh, shape: RowShape, compute_dtype: str, trained_params: int
+    remat: str,
+    arch: Architecture,
+    mesh: Mesh,
+    shape: RowShape,
+    compute_dtype: str,
+    trained_params: int,
+    free: int | None = None,
 ) -> Remat:
     """`remat` if it is a rung; of "auto" the first of `LADDER` that fits, the last if none does. The log says which.
 
@@ -53,10 +59,14 @@ def choose_remat(
     Args:
       shape: of the rows of the updates.
       trained_params: those that have a gradient.
+      free: bytes of a device; None: what the fullest has now.
     """
-    free, tokens = _least_of_all_processes(free_bytes(mesh)), shape.rows * shape.positions // num_row_shards(mesh)
+    free = _least_of_all_processes(free_bytes(mesh)) if free is None else free
+    tokens = shape.rows * shape.positions // num_row_shards(mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    dense = choose_backend(shape.positions, arch.head_dim, compute_dtype) == "dense"
+    with jax.set_mesh(mesh):
+        dense = choose_backend(shape.positions, arch.head_dim, compute_dtype) == "dense"
+        logits = chunk_tokens(tokens, arch.vocab_size) * arch.vocab_size
 
     def of(rung: str) -> Remat:
         needed = update_bytes(
@@ -65,7 +75,7 @@ def choose_remat(
             rung,
             tokens=tokens,
             scores=shape.positions if dense else 0,
-            logits=chunk_tokens(tokens, arch.vocab_size) * arch.vocab_size,
+            logits=logits,
             trained_params=trained_params,
             tensor=mesh.shape["tensor"],
             shards=mesh.shape["fsdp"] * mesh.shape["tensor"],

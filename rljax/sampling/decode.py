@@ -30,7 +30,7 @@ from rljax.sampling.cache import (
 )
 from rljax.sampling.draw import Truncation, draw, row_uniforms
 
-_PREFILL_SCORES = 2**28
+PREFILL_SCORES = 2**28
 """Attention scores alive at once while prompts are run: 1 GiB of float32. Longer lists of prompts go in pieces."""
 
 
@@ -108,7 +108,7 @@ def _prefill(
     """
     prompts, slots = tokens.shape
     each = prompts // shards
-    piece = max(1, _PREFILL_SCORES // (arch.num_heads * slots * slots))
+    piece = max(1, PREFILL_SCORES // (arch.num_heads * slots * slots))
     count = next(n for n in range(-(-each // piece), each + 1) if each % n == 0)
 
     def run(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:

@@ -1,6 +1,7 @@
 """The device's side of one generate call: arrays, shardings and compiled programs behind the calls of `DecodeLoop`."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -76,7 +77,7 @@ class DecodeDevice:
         self._params, self._arch, self._programs, self._settings = params, arch, programs, settings
         self._prompts, self._prompt_slots, self._chunk = prompts, prompt_slots, chunk
         self._sample_ids, self._limits = sample_ids, limits
-        self._shards, self._on = num_row_shards(mesh), Shardings.on(mesh)
+        self._mesh, self._shards, self._on = mesh, num_row_shards(mesh), Shardings.on(mesh)
         # On a GPU a loop of unknown length waits for the host at every step; elsewhere the end of the last row ends it.
         self._early_exit = mesh.devices.flat[0].platform != "gpu"
         self._prefix: Any = None
@@ -87,16 +88,11 @@ class DecodeDevice:
     def start(self, shape: Shape, prompts: LanePrompts, row_sample: np.ndarray) -> Drawn:
         """Runs the prompts of all lanes and draws the first token of every row."""
         self._prefix = self._state = None  # free the wave before
-        arguments = (self._params, *self._tables(prompts, row_sample), self._settings)
-        layers = self._arch.num_layers
+        tables = self._tables(prompts, row_sample)
         run = self._programs.get(
-            ("start", shape, self._prompt_slots, self._variant),
-            lambda: jax.jit(
-                partial(decode.start_wave, arch=self._arch, slots=shape.slots, shards=self._shards),
-                out_shardings=(self._on.prefix(layers), self._on.state(layers), self._on.drawn()),
-            ).lower(*arguments),
+            ("start", shape, self._prompt_slots, self._variant), partial(self.lower_start, shape, tables)
         )
-        self._prefix, self._state, drawn = run(*arguments)
+        self._prefix, self._state, drawn = run(self._params, *tables, self._settings)
         return _begin_copy(drawn)
 
     def admit(self, shape: Shape, lane: np.ndarray, prompts: LanePrompts, row_sample: np.ndarray) -> Drawn:
@@ -107,18 +103,19 @@ class DecodeDevice:
         layers = self._arch.num_layers
         run = self._programs.get(
             ("admit", shape, len(lane), self._prompt_slots, self._variant),
-            lambda: jax.jit(
+            lambda: self._lower(
                 partial(decode.admit, arch=self._arch, shards=self._shards),
+                arguments,
                 out_shardings=(self._on.prefix(layers), self._on.state(layers), self._on.drawn()),
                 donate_argnums=(1, 2),
-            ).lower(*arguments),
+            ),
         )
         self._prefix, self._state, drawn = run(*arguments)
         return _begin_copy(drawn)
 
     def decode(self, shape: Shape) -> Drawn:
         """A chunk of every row."""
-        run = self._programs.get(self._decode_key(shape), partial(self._lower_decode, shape))
+        run = self._programs.get(self._decode_key(shape), partial(self.lower_decode, shape))
         self._state, drawn = run(self._params, self._prefix, self._state, self._settings)
         return _begin_copy(drawn)
 
@@ -154,7 +151,7 @@ class DecodeDevice:
 
     def prepare(self, shape: Shape) -> None:
         """Compiles in the background what decodes in `shape`."""
-        self._programs.prepare(self._decode_key(shape), partial(self._lower_decode, shape))
+        self._programs.prepare(self._decode_key(shape), partial(self.lower_decode, shape))
 
     def read(self, drawn: Drawn) -> HostDrawn:
         """Waits for `drawn`."""
@@ -171,7 +168,22 @@ class DecodeDevice:
     def _decode_key(self, shape: Shape) -> tuple[Any, ...]:
         return "decode", shape, self._prompt_slots, self._chunk, self._variant
 
-    def _lower_decode(self, shape: Shape) -> jax.stages.Lowered:
+    def _lower(self, function: Any, arguments: Any, **options: Any) -> jax.stages.Lowered:
+        """`function`, jitted with `options`, for `arguments`; it knows the mesh it is to run on."""
+        with jax.set_mesh(self._mesh):
+            return jax.jit(function, **options).lower(*arguments)
+
+    def lower_start(self, shape: Shape, tables: Sequence[Any]) -> jax.stages.Lowered:
+        """What `start` runs, for the tables of `_tables` or their shapes."""
+        layers = self._arch.num_layers
+        return self._lower(
+            partial(decode.start_wave, arch=self._arch, slots=shape.slots, shards=self._shards),
+            (self._params, *tables, self._settings),
+            out_shardings=(self._on.prefix(layers), self._on.state(layers), self._on.drawn()),
+        )
+
+    def lower_decode(self, shape: Shape) -> jax.stages.Lowered:
+        """What `decode` runs."""
         layers, arch = self._arch.num_layers, self._arch
         lanes, rows = shape.lanes * self._shards, shape.rows * self._shards
         dtype = block_dtype(self._params)
@@ -189,11 +201,12 @@ class DecodeDevice:
         slot: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._on.whole)
         kinds = jnp.int32, jnp.int32, jnp.bool_, jnp.int32, jnp.uint32
         state = DecodeState(SuffixCache(*cache(rows, shape.slots)), slot, *(per(rows, kind) for kind in kinds))
-        return jax.jit(
+        return self._lower(
             partial(decode.decode_chunk, arch=arch, steps=self._chunk, early_exit=self._early_exit),
+            (self._params, prefix, state, self._settings),
             out_shardings=(self._on.state(layers), self._on.drawn()),
             donate_argnums=2,
-        ).lower(self._params, prefix, state, self._settings)
+        )
 
     def _take_program(self, old: Shape, new: Shape) -> Any:
         program = jax.jit(

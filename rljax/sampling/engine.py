@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from rljax.config import Architecture
 from rljax.mesh import SAMPLER_RULES, num_row_shards, param_shardings, replicated
 from rljax.models import qwen2
+from rljax.models.layers import with_a_kv_head_each
 from rljax.sampling.decode import DrawSettings
 from rljax.sampling.device import DecodeDevice
 from rljax.sampling.draw import Truncation
@@ -80,7 +81,9 @@ class Sampler:
         head_dtype: Any = None,
         options: EngineOptions = EngineOptions(),
     ) -> None:
-        self.arch, self.mesh, self.options = arch, mesh, options
+        shapes = qwen2.param_shapes(arch)
+        self.arch = arch = with_a_kv_head_each(arch, mesh.shape["tensor"])
+        self.mesh, self.options = mesh, options
         self.stats = Stats()
         """What the last `generate` did."""
         self._stop_ids = np.asarray(stop_ids, np.int32)
@@ -91,16 +94,20 @@ class Sampler:
         def to_sampler(params: qwen2.Params) -> qwen2.Params:
             return qwen2.sampler_params(params, arch, compute_dtype, head_dtype)
 
-        shapes = jax.eval_shape(to_sampler, qwen2.param_shapes(arch))
+        shapes = jax.eval_shape(to_sampler, shapes)
         shardings = param_shardings(mesh, shapes, qwen2.sampler_param_axes(arch), SAMPLER_RULES)
-        self._to_sampler = jax.jit(to_sampler, out_shardings=shardings)
+        self.to_sampler = jax.jit(to_sampler, out_shardings=shardings)
+        """The weight sync."""
+        self.shapes = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
+        """Tree of `ShapeDtypeStruct` of the sampler's parameters."""
         if params is not None:
             self.sync(params)
 
     def sync(self, params: qwen2.Params) -> None:
         """Takes over `params` (learner layout): cast, unstacked, fused and resharded in one program."""
         self._params = None  # free the old copy before the new one is made
-        self._params = self._to_sampler(params)
+        with jax.set_mesh(self.mesh):
+            self._params = self.to_sampler(params)
 
     def block_until_ready(self) -> None:
         """Waits for the last `sync`."""

@@ -16,18 +16,50 @@ _ONE_LAYER_TWICE = 1.25
 
 
 def rows_that_fit(
-    arch: Architecture, dtype: Any, mesh: Mesh, prompt_slots: int, max_tokens: int, samples_per_prompt: int
+    arch: Architecture,
+    dtype: Any,
+    mesh: Mesh,
+    prompt_slots: int,
+    max_tokens: int,
+    samples_per_prompt: int,
+    free: int | None = None,
 ) -> int:
-    """Rows of `max_tokens` slots, all devices together, with their share of a prompt's cache and float32 logits.
+    """`rows_in` of the free memory of `mesh`, all devices together.
 
-    At least one per shard: whether that much fits is the device's to say. One of few numbers, 2^n or 3 * 2^n rows per
-    shard, so that a little more or less free memory does not ask for other programs.
+    Args:
+      free: bytes of a device; None: what it has now.
+    """
+    each = rows_in(
+        free_bytes(mesh) if free is None else free,
+        arch,
+        jnp.dtype(dtype).name,
+        prompt_slots=prompt_slots,
+        max_tokens=max_tokens,
+        samples_per_prompt=samples_per_prompt,
+        tensor=mesh.shape["tensor"],
+    )
+    return num_row_shards(mesh) * each
+
+
+def rows_in(
+    free: int,
+    arch: Architecture,
+    dtype: str,
+    *,
+    prompt_slots: int,
+    max_tokens: int,
+    samples_per_prompt: int,
+    tensor: int,
+) -> int:
+    """Rows of `max_tokens` slots in `free` bytes of each of `tensor` devices, with their share of a prompt's cache and
+    float32 logits.
+
+    At least one: whether that much fits is the device's to say. One of few numbers, 2^n or 3 * 2^n, so that a little
+    more or less free memory does not ask for other programs.
     """
     slots = max_tokens + prompt_slots / samples_per_prompt
-    cache = kv_bytes_per_token(arch, jnp.dtype(dtype).name) * slots * _ONE_LAYER_TWICE
-    each = (cache + 3 * 4 * arch.vocab_size) / mesh.shape["tensor"]
-    free = free_bytes(mesh)
-    shards = num_row_shards(mesh)
+    cache = kv_bytes_per_token(arch, dtype) * slots * _ONE_LAYER_TWICE
+    each = (cache + 3 * 4 * arch.vocab_size) / tensor
     fitting = max(1, int(_SHARE * free / each))
     power = 2 ** (fitting.bit_length() - 1)
-    return shards * (3 * power // 2 if power > 1 and fitting >= 3 * power // 2 else power)
+    return 3 * power // 2 if power > 1 and fitting >= 3 * power // 2 else power
