@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rljax.config import Architecture
+from rljax.hosts import local_mesh, local_part
 from rljax.mesh import SAMPLER_RULES, num_row_shards, param_shardings, replicated
 from rljax.models import qwen2
 from rljax.sampling.decode import DrawSettings
@@ -63,7 +64,8 @@ class Sampler:
     Args:
       params: learner layout; None: `sync` brings them later.
       arch: the model.
-      mesh: rows are split over its data and fsdp axes, heads and vocabulary over tensor.
+      mesh: rows are split over its data and fsdp axes, heads and vocabulary over tensor. Of one with devices of
+        several processes, each decodes rows of its own on its own part (`mesh` below), and only `sync` is common.
       stop_ids: tokens that end a completion.
       compute_dtype: of parameters and caches.
       head_dtype: of the final norm and the head; None: the compute dtype.
@@ -80,7 +82,7 @@ class Sampler:
         head_dtype: Any = None,
         options: EngineOptions = EngineOptions(),
     ) -> None:
-        self.arch, self.mesh, self.options = arch, mesh, options
+        self.arch, self.mesh, self.options = arch, local_mesh(mesh), options
         self.stats = Stats()
         """What the last `generate` did."""
         self._stop_ids = np.asarray(stop_ids, np.int32)
@@ -94,13 +96,15 @@ class Sampler:
         shapes = jax.eval_shape(to_sampler, qwen2.param_shapes(arch))
         shardings = param_shardings(mesh, shapes, qwen2.sampler_param_axes(arch), SAMPLER_RULES)
         self._to_sampler = jax.jit(to_sampler, out_shardings=shardings)
+        self._is_local = self.mesh is mesh
         if params is not None:
             self.sync(params)
 
     def sync(self, params: qwen2.Params) -> None:
         """Takes over `params` (learner layout): cast, unstacked, fused and resharded in one program."""
         self._params = None  # free the old copy before the new one is made
-        self._params = self._to_sampler(params)
+        params = self._to_sampler(params)
+        self._params = params if self._is_local else local_part(params, self.mesh)
 
     def block_until_ready(self) -> None:
         """Waits for the last `sync`."""
