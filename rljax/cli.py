@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from rljax.config import ConfigError
+from rljax.config import PREEMPTED, ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,12 +35,18 @@ def _train(argv: list[str]) -> None:
 
     config = parse_config(argv, prog="rljax train")
     _log_to_stdout()
+    from rljax import hosts
+
+    hosts.start()
+    import jax
+
     from rljax.scaling.forecast import forecast_metrics
     from rljax.scaling.report import write_report
     from rljax.train import train
 
     summary = train(config, forecast=forecast_metrics)
-    _print_table(config.run_dir, summary, str(write_report(config.run_dir)))
+    if jax.process_index() == 0:
+        _print_table(config.run_dir, summary, str(write_report(config.run_dir)))
 
 
 def _sft(argv: list[str]) -> None:
@@ -52,6 +58,9 @@ def _sft(argv: list[str]) -> None:
     if output.exists():  # said now, not when the training is done
         raise ConfigError(f"sft.output = {output} exists and is not overwritten; give another folder, or remove it")
     _log_to_stdout()
+    from rljax import hosts
+
+    hosts.start()
     from rljax.sft import sft
 
     sft(config)
@@ -368,8 +377,16 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit code: 0, 64 for unusable input, 1 for anything else that failed."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Runs a subcommand; returns the exit code: 0, 64 for unusable input, 75 for a run that was told to stop and has
+    saved its step, 1 for anything else that failed."""
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    hosts = sys.modules.get("rljax.hosts")
+    if code not in (0, PREEMPTED) and hosts is not None:
+        hosts.leave(code)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else USAGE_ERROR
@@ -386,8 +403,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # what it quotes may hold line ends
         return USAGE_ERROR
-    except SystemExit as stop:  # --help, when it has been printed
-        return 0 if stop.code in (None, 0) else 1
+    except SystemExit as stop:  # --help, when it has been printed; a preempted run
+        return {None: 0, 0: 0, PREEMPTED: PREEMPTED}.get(stop.code, 1)
     except KeyboardInterrupt:
         resumes = "; the same command resumes from the last checkpoint" if name in ("train", "sweep") else ""
         print(f"interrupted{resumes}", file=sys.stderr)

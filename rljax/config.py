@@ -478,6 +478,9 @@ class LoggingConfig:
 FINISHED = "finished.json"
 """In a run folder: the run of its config.yaml came to its end."""
 
+PREEMPTED = 75
+"""Exit code of a run that was told to stop (SIGTERM) and saved its step first: a launcher starts it again."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:

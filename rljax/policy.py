@@ -21,6 +21,7 @@ from rljax.config import (
 )
 from rljax.config_file import parse_config, read_yaml
 from rljax.data.tasks import TASKS
+from rljax.hosts import devices_by_process
 from rljax.mesh import LEARNER_RULES, make_mesh, param_shardings
 from rljax.models import hf, qwen2
 from rljax.models.lora import adapter_axes, adapter_shapes, init_adapter, merge
@@ -134,7 +135,7 @@ def open_policy(config: RunConfig) -> Policy:
     policy = Policy(
         arch=dataclasses.replace(arch, num_tokens=tokenizer.vocab_size),
         tokenizer=tokenizer,
-        mesh=make_mesh(config.mesh),
+        mesh=make_mesh(config.mesh, devices_by_process()),
         compute_dtype=compute_dtype,
         head_dtype=compute_dtype if config.model.head_dtype == "auto" else config.model.head_dtype,
         source=source,

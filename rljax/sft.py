@@ -15,6 +15,7 @@ from rljax.config import Architecture, ConfigError, OptimizerConfig, RunConfig
 from rljax.data.pipeline import with_system
 from rljax.data.records import read_records
 from rljax.data.reuse import make_plan
+from rljax.hosts import to_devices
 from rljax.mesh import microbatch_sharding, num_row_shards
 from rljax.metrics import WeightedMean, to_floats
 from rljax.models.lora import attach
@@ -153,7 +154,7 @@ def sft(config: RunConfig) -> Path:
         places = range((step - 1) * settings.batch_size, step * settings.batch_size)
         batch = sft_batch([examples[plan.record_index(place)] for place in places], shape.positions)
         batch, in_use = microbatches(batch, shape)
-        batch = jax.device_put(batch, microbatch_sharding(policy.mesh))
+        batch = to_devices(batch, microbatch_sharding(policy.mesh))
         with jax.set_mesh(policy.mesh):
             state, metrics = sft_update(
                 state, batch, np.int32(in_use), base, arch=policy.arch, optimizer=optimizer, compute=compute

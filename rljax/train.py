@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 
 from rljax.checkpoint import CheckpointStore
 from rljax.config import ARCHITECTURES, FINISHED, ConfigError, RunConfig
-from rljax.config_file import dump_config, require_same_config
+from rljax.config_file import dotted, dump_config, require_same_config
 from rljax.costs import (
     FlopCount,
     flops_utilisation,
@@ -33,7 +33,9 @@ from rljax.costs import (
 from rljax.data.pipeline import PromptPipeline, open_pipeline
 from rljax.data.records import read_records
 from rljax.data.reuse import steps_for
-from rljax.evaluate.held_out import Evaluation, EvaluationResult, Scored, join_scored, rollout_rows, sample
+from rljax.evaluate.held_out import Evaluation, EvaluationResult, rollout_rows, sample
+from rljax.evaluate.shared import Scored, join_scored
+from rljax.hosts import Preempted, Preemption, exchange
 from rljax.mesh import num_row_shards
 from rljax.metrics import Metric, PhaseTimer, merge, to_floats
 from rljax.models.lora import attach
@@ -107,6 +109,8 @@ class Run:
     first_step: int
     """0, or the step of the checkpoint the run resumes from."""
     key: jax.Array
+    saved_step: int = 0
+    """Of the last checkpoint that this start of the run began to write; 0: none."""
 
 
 def train(
@@ -122,10 +126,12 @@ def train(
 
     Raises:
       ConfigError: the config, the data, the weights or an existing run folder do not allow it.
+      Preempted: a SIGTERM came, to this or to another process of the run, and the step was saved. A `SystemExit`.
     """
     started = time.perf_counter()
     policy = open_policy(config)
     pipeline = _open_data(config, policy)
+    _require_agreement(config, pipeline)
     num_steps = steps_for(pipeline.plan, config.data.prompts_per_step, config.steps)
     evaluation = Evaluation(config, policy.tokenizer) if config.evaluation.data else None
     logger.info("data: %s", pipeline.plan.describe(config.data.prompts_per_step, num_steps))
@@ -144,17 +150,19 @@ def train(
                 result = _evaluate(run, 0)
                 run.sink.log(0, result.metrics)
                 logger.info("step 0/%d  pass@1 %.3f before training", num_steps, result.pass_at_1)
-            with Progress(num_steps, first_step=run.first_step) as progress:
+            with Progress(num_steps, first_step=run.first_step) as progress, Preemption() as preemption:
                 for step in range(run.first_step + 1, num_steps + 1):
                     if run.pipeline.is_exhausted:  # dynamic sampling took what later steps would have had
                         logger.info("the prompts are used up: the run ends after step %d of %d", last_step, num_steps)
                         break
                     floats = _step(run, step)
-                    if forecast is not None and "eval/test_loss" in floats:
+                    if forecast is not None and jax.process_index() == 0 and "eval/test_loss" in floats:
                         floats |= forecast(config.run_dir, num_steps)
                     run.sink.log(step, floats)
                     progress.step(step, floats)
                     last_step = step
+                    if preemption.reached(step) and step < num_steps and not run.pipeline.is_exhausted:
+                        _stop(run, step)
         finally:
             pipeline.close()
             run.sink.close()
@@ -234,6 +242,19 @@ def _open_data(config: RunConfig, policy: Policy) -> PromptPipeline:
     return open_pipeline(records, policy.tokenizer, config.data)
 
 
+def _require_agreement(config: RunConfig, pipeline: PromptPipeline) -> None:
+    """Raises ConfigError where a process of the run was given other settings, or reads other data, than process 0."""
+    mine = {"config": dataclasses.asdict(config), "data": pipeline.get_state()["fingerprint"]}
+    first, *others = (dotted(json.loads(each)) for each in exchange(json.dumps(mine).encode()))
+    for process, other in enumerate(others, 1):
+        lines = [f"{name}: {first[name]} -> {other.get(name)}" for name in first if first[name] != other.get(name)]
+        if lines:
+            raise ConfigError(
+                f"process {process} is not doing the run of process 0 (0 -> {process}): {'; '.join(lines)}; give every "
+                "process the same settings and files"
+            )
+
+
 def _open_run(
     config: RunConfig,
     policy: Policy,
@@ -280,9 +301,10 @@ def _open_run(
         sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     ).rung
     config = _with_remat(config, remat)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FINISHED).unlink(missing_ok=True)  # first: it would speak of what the next line replaces
-    (folder / "config.yaml").write_text(dump_config(config))
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FINISHED).unlink(missing_ok=True)  # first: it would speak of what the next line replaces
+        (folder / "config.yaml").write_text(dump_config(config))
     compute = Compute(
         policy.compute_dtype, remat, config.sampling.temperature, config.lora.scale, head_dtype=policy.head_dtype
     )
@@ -332,7 +354,7 @@ class Collected:
     rewards: np.ndarray  # [P, G] float32, of `rollouts`
     judged: np.ndarray  # [P, G] bool, of `rollouts`: the others have no reward
     stats: list[Stats]
-    """Of each round."""
+    """Of each round, of each process."""
     metrics: dict[str, float]
 
 
@@ -363,7 +385,7 @@ def _collect(run: Run, timer: PhaseTimer) -> Collected:
             )
         with timer("reward"):  # what is left of it: groups are scored while others are being decoded
             parts.append(sampling.wait())
-        stats.append(run.sampler.stats)
+        stats.extend(_stats_of_all(run.sampler.stats))
         found += int(has_spread(parts[-1].rewards, _judged(run, parts[-1])).sum())
     sampled = parts[0] if len(parts) == 1 else join_scored(parts)
     judged = _judged(run, sampled)
@@ -378,6 +400,12 @@ def _collect(run: Run, timer: PhaseTimer) -> Collected:
     }
     rollouts = select_prompts(sampled.rollouts, places)
     return Collected(sampled, rollouts, sampled.rewards[places], judged[places], stats, metrics)
+
+
+def _stats_of_all(stats: Stats) -> list[Stats]:
+    """Those of every process, the shapes decoded in left out."""
+    counts = {name: count for name, count in vars(stats).items() if name != "shapes"}
+    return [Stats(**json.loads(each)) for each in exchange(json.dumps(counts).encode())]
 
 
 def _judged(run: Run, scored: Scored) -> np.ndarray:
@@ -469,12 +497,12 @@ def _throughput(run: Run, collected: Collected, flops: float, seconds: dict[str,
 
 
 def _sampler_metrics(stats: list[Stats]) -> dict[str, float]:
-    """Of one step's rounds."""
+    """Of one step's rounds, of all processes."""
     rows, slots = sum(s.row_steps for s in stats), sum(s.suffix_slots_read for s in stats)
     return {
         "sampler/live_row_fraction": sum(s.live_row_steps for s in stats) / max(rows, 1),
         "sampler/used_slot_fraction": sum(s.suffix_slots_used for s in stats) / max(slots, 1),
-        "throughput/sampler_programs": float(stats[-1].programs),
+        "throughput/sampler_programs": float(max(s.programs for s in stats)),
     }
 
 
@@ -569,6 +597,19 @@ def _save(run: Run, step: int) -> None:
         run.pipeline.write_exposures(Path(run.config.run_dir) / "exposures.csv")
     if run.store is not None:
         run.store.save(step, run.learner.checkpoint_state(), _host_state(run))
+        run.saved_step = step
+
+
+def _stop(run: Run, step: int) -> NoReturn:
+    """Saves, and ends the run before its time."""
+    if run.saved_step != step:
+        _save(run, step)
+    if run.store is not None:
+        run.store.wait()
+        logger.info("SIGTERM: step %d is saved, and the run stops; the same command resumes it", step)
+    else:
+        logger.warning("SIGTERM: the run stops after step %d; nothing is saved, for checkpoint.every is 0", step)
+    raise Preempted
 
 
 def _host_state(run: Run) -> dict[str, Any]:

@@ -67,6 +67,11 @@ class Rollouts:
     `lengths`. None: nothing was cut."""
 
 
+def prompt_block(prompts: Prompts, block: slice) -> Prompts:
+    """The prompts of `block`, perhaps none."""
+    return Prompts(prompts.tokens[block], prompts.lengths[block], prompts.positions[block], prompts.records[block])
+
+
 def select_prompts(rollouts: Rollouts, places: Sequence[int] | np.ndarray) -> Rollouts:
     """The rollouts of the prompts at `places`, copied."""
     prompts, places = rollouts.prompts, np.asarray(places)

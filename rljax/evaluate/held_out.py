@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,11 +11,13 @@ from rljax.config import EvaluationConfig, RunConfig
 from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, stack_prompts, with_system
 from rljax.data.records import read_records
 from rljax.evaluate.estimators import mean_at_k
-from rljax.rewards.pool import Verdict, summarise
+from rljax.evaluate.shared import Scored, shared
+from rljax.hosts import own_block, wait_for_all
+from rljax.rewards.pool import summarise
 from rljax.rewards.scorer import Scorer, Scoring
 from rljax.sampling.engine import Sampler
 from rljax.tokenizer import Tokenizer
-from rljax.types import LENGTH, STOP_REASONS, PromptRecord, Prompts, Rollouts, join_rollouts
+from rljax.types import LENGTH, STOP_REASONS, PromptRecord, Prompts, Rollouts, prompt_block
 
 
 def repaired_prompt(record: PromptRecord) -> PromptRecord:
@@ -33,38 +34,22 @@ def repaired_prompt(record: PromptRecord) -> PromptRecord:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
-    """Rollouts with their rewards."""
-
-    rollouts: Rollouts
-    rewards: np.ndarray  # [P, G] float32
-    judged: np.ndarray  # [P, G] bool: the verifier did not fail
-    texts: list[str]  # row by row, as the verdicts
-    verdicts: list[Verdict]
-    others: list[Verdict | None]  # of the other mode of the verifier, where it was asked
-
-
-def join_scored(parts: Sequence[Scored]) -> Scored:
-    """Those of `parts`, one after the other."""
-    return Scored(
-        join_rollouts([part.rollouts for part in parts]),
-        np.concatenate([part.rewards for part in parts]),
-        np.concatenate([part.judged for part in parts]),
-        [text for part in parts for text in part.texts],
-        [verdict for part in parts for verdict in part.verdicts],
-        [verdict for part in parts for verdict in part.others],
-    )
-
-
-@dataclasses.dataclass(frozen=True)
 class BeingScored:
     """Rollouts whose rewards are on their way."""
 
-    rollouts: Rollouts
+    prompts: Prompts
+    """Of all processes."""
+    rollouts: Rollouts | None
+    """Of this one's; None: there were fewer prompts than processes."""
     groups: list[tuple[list[str], Scoring]]  # by prompt
 
     def wait(self) -> Scored:
-        """Waits for the last verdict; most came in while other completions were still being decoded."""
+        """Waits for the last verdict, of all processes; most came in while completions were still being decoded."""
+        return shared(self._own(), self.prompts)
+
+    def _own(self) -> Scored | None:
+        if self.rollouts is None:
+            return None
         texts = [text for group, _ in self.groups for text in group]
         verdicts = [verdict for _, scoring in self.groups for verdict in scoring.result()]
         others = [verdict for _, scoring in self.groups for verdict in scoring.other()]
@@ -85,22 +70,26 @@ def sample(
 ) -> BeingScored:
     """Completions of `prompts`; a group goes to the verifiers as soon as it is whole.
 
+    Of several processes, which all call it, each draws and scores those of its block.
+
     Args:
       both_modes: for the hack meter: score them in the verifier's other mode too.
       draw: passed on to `Sampler.generate`.
     """
     groups: dict[int, tuple[list[str], Scoring]] = {}
+    own = prompt_block(prompts, own_block(len(prompts)))
 
     def submit(place: int, group: Rollouts) -> None:
-        record = prompts.records[place]
+        record = own.records[place]
         texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(group.tokens, group.lengths, strict=True)]
         scoring = scorer.submit(
             record.data_source, record.ground_truth, record.extra_info, texts, both_modes=both_modes
         )
         groups[place] = texts, scoring
 
-    rollouts = sampler.generate(prompts, group_size, on_group=submit, **draw)
-    return BeingScored(rollouts, [groups[place] for place in range(len(prompts))])
+    rollouts = sampler.generate(own, group_size, on_group=submit, **draw) if len(own) else None
+    wait_for_all("sampled")  # so that the seconds of this phase are those of the slowest
+    return BeingScored(prompts, rollouts, [groups[place] for place in range(len(own))])
 
 
 def rollout_rows(scored: Scored, count: int) -> list[dict[str, Any]]:

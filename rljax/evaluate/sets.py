@@ -15,8 +15,9 @@ from rljax.config import ConfigError, RunConfig, field_value
 from rljax.config_file import config_differences, read_yaml
 from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, stack_prompts, with_system
 from rljax.data.records import READERS, read_records
-from rljax.evaluate.held_out import Scored, repaired_prompt, sample
+from rljax.evaluate.held_out import repaired_prompt, sample
 from rljax.evaluate.predictions import PREDICTIONS, SetResult, reward_settings, summarise_set, write_results
+from rljax.evaluate.shared import Scored
 from rljax.models.lora import attach
 from rljax.policy import Policy, load_run, open_policy
 from rljax.rewards.offline import scored_fields

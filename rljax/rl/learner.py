@@ -1,8 +1,9 @@
 """The learner of a run: what it holds, and a step of it on a batch of rollouts."""
 
 import dataclasses
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
 from rljax.costs import FlopCount, forward_count, group_tokens
+from rljax.hosts import to_devices, to_host
 from rljax.mesh import microbatch_sharding, num_row_shards, replicated
 from rljax.metrics import Max, Metric, Min, Sum, WeightedMean, merge
 from rljax.models.lora import attach
@@ -203,11 +205,11 @@ class Learner:
         self._wait_for_programs()
         with jax.set_mesh(self.mesh):
             updates = [self._rows(part, a) for part, a in self._parts(rollouts, advantages)]
-            updates, gap = self._rescored(updates)
+            updates, gaps = self._rescored(updates)
             if self.algorithm.correction_normalise:
                 updates = [self._normalised(rows) for rows in updates]
-            merged: dict[str, Metric] = {}
-            for index, rows in enumerate(updates):
+            applied: list[Mapping[str, Metric]] = []
+            for rows in updates:
                 self.state, metrics = grpo_update(
                     self.state,
                     self._on_device(rows.batch),
@@ -216,10 +218,15 @@ class Learner:
                     rows.num_tokens,
                     **self._constants,
                 )
-                if index == 0:
-                    # Later updates no longer hold the parameters that sampled.
-                    gap = gap or {name: metrics[name] for name in metrics if name.startswith("policy/behaviour_")}
-                merged = merge(merged, merge(metrics, rows.metrics))
+                applied.append(metrics)
+        # On the host, and after all of it: a sum of two scalars would be a program on every device of the run.
+        gaps, applied = jax.device_get((gaps, applied))
+        merged: dict[str, Metric] = {}
+        for rows, metrics in zip(updates, applied, strict=True):
+            merged = merge(merged, merge(metrics, rows.metrics))
+        # Later updates no longer hold the parameters that sampled.
+        gaps = gaps or [{name: applied[0][name] for name in applied[0] if name.startswith("policy/behaviour_")}]
+        gap = reduce(merge, gaps)
         lengths = rollouts.lengths.reshape(advantages.shape)
         return merged | gap | advantage_metrics(advantages, lengths)
 
@@ -244,7 +251,7 @@ class Learner:
         self._wait_for_programs()
         with jax.set_mesh(self.mesh):
             updates = [self._rows(part, a) for part, a in self._parts(rollouts, anything)]
-            scored = [np.asarray(self._score(params, rows)) for rows in updates]
+            scored = [to_host(self._score(params, rows)) for rows in updates]
         slots = rollouts.tokens.shape[1]
         return np.concatenate([u.packing.by_completion(s, slots) for u, s in zip(updates, scored, strict=True)])
 
@@ -298,9 +305,10 @@ class Learner:
             },
         )
 
-    def _rescored(self, updates: list[UpdateRows]) -> tuple[list[UpdateRows], dict[str, Metric]]:
-        """`updates` with reference and, if asked for, recomputed old log-probs, under the parameters as they are."""
-        scored, gap = [], {}
+    def _rescored(self, updates: list[UpdateRows]) -> tuple[list[UpdateRows], list[Mapping[str, Metric]]]:
+        """`updates` with reference and, if asked for, recomputed old log-probs, under the parameters as they are; how
+        far those are from the sampler's."""
+        scored, gaps = [], []
         for rows in updates:
             batch, passes = rows.batch, {}
             if self.reference is not None and self.algorithm.kl_in == "loss":
@@ -308,12 +316,12 @@ class Learner:
                 passes["reference"] = rows.forward
             if self.algorithm.old_logprobs == "recompute":
                 old = self._score(self.params, rows)
-                gap = merge(gap, behaviour_gap(old, batch))
+                gaps.append(behaviour_gap(old, batch))
                 batch = dataclasses.replace(batch, old_logprobs=old)
                 passes["old_logprobs"] = rows.forward
             metrics = merge(rows.metrics, _learner_flops(**passes))
             scored.append(dataclasses.replace(rows, batch=batch, metrics=metrics))
-        return scored, gap
+        return scored, gaps
 
     def _normalised(self, rows: UpdateRows) -> UpdateRows:
         """`rows` whose importance weights have a mean of 1 over the update."""
@@ -324,7 +332,7 @@ class Learner:
         return score(params, self._on_device(rows.batch), rows.num_microbatches, arch=self.arch, compute=self.compute)
 
     def _on_device(self, batch: TrainBatch) -> TrainBatch:
-        return jax.device_put(batch, microbatch_sharding(self.mesh))
+        return to_devices(batch, microbatch_sharding(self.mesh))
 
 
 def flop_metrics(**phases: FlopCount) -> dict[str, Metric]:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rljax.config import Architecture
+from rljax.hosts import local_mesh, local_part
 from rljax.mesh import SAMPLER_RULES, num_row_shards, param_shardings, replicated
 from rljax.models import qwen2
 from rljax.models.layers import with_a_kv_head_each
@@ -64,7 +65,8 @@ class Sampler:
     Args:
       params: learner layout; None: `sync` brings them later.
       arch: the model.
-      mesh: rows are split over its data and fsdp axes, heads and vocabulary over tensor.
+      mesh: rows are split over its data and fsdp axes, heads and vocabulary over tensor. Of one with devices of
+        several processes, each decodes rows of its own on its own part (`mesh` below), and only `sync` is common.
       stop_ids: tokens that end a completion.
       compute_dtype: of parameters and caches.
       head_dtype: of the final norm and the head; None: the compute dtype.
@@ -83,7 +85,7 @@ class Sampler:
     ) -> None:
         shapes = qwen2.param_shapes(arch)
         self.arch = arch = with_a_kv_head_each(arch, mesh.shape["tensor"])
-        self.mesh, self.options = mesh, options
+        self.mesh, self.options = local_mesh(mesh), options
         self.stats = Stats()
         """What the last `generate` did."""
         self._stop_ids = np.asarray(stop_ids, np.int32)
@@ -100,14 +102,16 @@ class Sampler:
         """The weight sync."""
         self.shapes = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
         """Tree of `ShapeDtypeStruct` of the sampler's parameters."""
+        self._whole_mesh = mesh
         if params is not None:
             self.sync(params)
 
     def sync(self, params: qwen2.Params) -> None:
         """Takes over `params` (learner layout): cast, unstacked, fused and resharded in one program."""
         self._params = None  # free the old copy before the new one is made
-        with jax.set_mesh(self.mesh):
-            self._params = self.to_sampler(params)
+        with jax.set_mesh(self._whole_mesh):
+            params = self.to_sampler(params)
+        self._params = params if self.mesh is self._whole_mesh else local_part(params, self.mesh)
 
     def block_until_ready(self) -> None:
         """Waits for the last `sync`."""
