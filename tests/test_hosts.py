@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import make_prompts
 from jax.sharding import Mesh
+from safetensors.numpy import load_file
 
 from rljax import hosts
 from rljax.cli import USAGE_ERROR
@@ -282,6 +283,22 @@ def test_a_single_process_notices_the_signal_and_a_second_one_is_not_caught() ->
         assert preemption.reached(1) and preemption.reached(2)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_warm_start_of_two_processes_is_that_of_one(folder: Path) -> None:
+    names = ("model.architecture", "model.remat", "data.train", "algorithm.microbatch_tokens")
+    settings = {name: SETTINGS[name] for name in names}
+    settings |= {"data.task_records": 64, "sft.steps": 3, "sft.batch_size": 8, "sft.learning_rate": 1e-4}
+    written = []
+    for count in (1, 2):
+        output = folder / f"sft-of-{count}"
+        flags = [f"--{name}={value}" for name, value in (settings | {"sft.output": output}).items()]
+        Processes(output, count, [["-m", "rljax.cli", "sft", *flags]] * count).succeed()
+        written.append(load_file(output / "model.safetensors"))
+    one, two = written
+    assert one.keys() == two.keys() and len(one) > 20
+    for name, values in one.items():
+        assert np.abs(values - two[name]).max() < 1e-5, name
 
 
 EXCHANGE = """
