@@ -21,7 +21,7 @@ demo: $(VENV)/demo  ## real SmolLM2-135M on real GSM8K problems, three steps
 	test -d runs/smollm2-gsm8k/hf || $(BIN)/rljax convert runs/smollm2-gsm8k runs/smollm2-gsm8k/hf
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 # What is left out is not a verifier; worker.py runs in processes that are not counted.
 coverage: $(VENV)/dev  ## branches of the rewards that their tests reach; fails where a verifier's is not

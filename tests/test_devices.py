@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("devices")
+"""What is compared is made once: in two workers it would be twice."""
+
 SCRIPT = r"""
 import dataclasses, json, math, re, sys
 import jax, numpy as np, optax
