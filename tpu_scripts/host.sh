@@ -54,7 +54,7 @@ work() {
   while :; do # a signal ends `wait`, not the program
     signalled="" code=0
     wait "$child" || code=$?
-    [[ $signalled ]] || break
+    [[ $signalled || $code == -1 ]] || break # -1: bash was interrupted before its trap had run
   done
   echo "$code" >"attempts/$attempt/exit.new" && mv "attempts/$attempt/exit.new" "attempts/$attempt/exit"
   [[ $logs == - ]] || gcloud storage cp "attempts/$attempt/log" "$logs/$attempt/worker-$2.log"

@@ -218,7 +218,7 @@ def test_a_broken_connection_does_not_start_a_program_twice(pod: Pod) -> None:
 
 
 def test_stop_lets_the_program_save(pod: Pod) -> None:
-    pod.configure(TRAIN_COMMAND=pod.toy(hold=5))
+    pod.configure(TRAIN_COMMAND=pod.toy(hold=5), SAVE_SECONDS=60)
     pod.ready()
     pod.run("launch")
     pod.wait_for_hold()
