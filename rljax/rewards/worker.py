@@ -26,8 +26,9 @@ from typing import Any
 from rljax.rewards import sandbox
 from rljax.rewards.answers import Undecidable, Verifier, checked_score, is_coroutine_function
 
-ITEMS_BEFORE_RETIRING = 1000
-"""sympy caches what it sees and never forgets: a worker is replaced after so many items."""
+GROWTH_BEFORE_RETIRING = 256 * 2**20
+"""sympy caches what it sees and never forgets: a worker that has grown by so many bytes is replaced. Not after so many
+items: of a verifier that takes microseconds, workers would do nothing but start, which takes each a second or two."""
 
 
 def serve(verifiers: Mapping[str, Verifier]) -> None:
@@ -44,11 +45,25 @@ def serve(verifiers: Mapping[str, Verifier]) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     requests, replies = _take_standard_streams()
     _write(replies, {"verifiers": sorted(verifiers)})
-    for served, line in enumerate(requests, start=1):
+    grown = _held_bytes() + GROWTH_BEFORE_RETIRING
+    for line in requests:
         signal.setitimer(signal.ITIMER_REAL, alarm_seconds)
         reply, retire = _answer(verifiers, line)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _write(replies, reply | {"retire": retire or served >= ITEMS_BEFORE_RETIRING})
+        _write(replies, reply | {"retire": retire or _held_bytes() > grown})
+
+
+def _held_bytes() -> int:
+    """Memory of this process: where the kernel says, what it holds, elsewhere the most it has held.
+
+    The latter is not for Linux, where a new program begins with the most that its parent held.
+    """
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _take_standard_streams() -> tuple[Any, Any]:

@@ -27,6 +27,9 @@ def tell(value: object) -> float:
     raise ValueError(value)
 
 
+HOARD: list[bytes] = []
+"""What `hoard` never lets go."""
+
 MISBEHAVING: dict[str, Verifier] = {
     "sleep": lambda response, ground_truth, extra_info: time.sleep(float(response)) or 1.0,
     "hold_the_lock": lambda *_: hold_the_lock(),
@@ -34,6 +37,7 @@ MISBEHAVING: dict[str, Verifier] = {
     "exit_politely": lambda *_: sys.exit(0),
     "kill": lambda *_: os.kill(os.getpid(), 11) or 0.0,
     "allocate": lambda *_: float(len(bytearray(4 << 30)) > 0),
+    "hoard": lambda response, ground_truth, extra_info: HOARD.append(b"x" * (int(response) << 20)) or 1.0,
     "print": lambda *_: print_a_lot(),
     "pid": lambda *_: tell(os.getpid()),
     "imports": lambda response, ground_truth, extra_info: float(response in sys.modules),

@@ -137,11 +137,15 @@ def test_any_text_goes_through_unchanged(pool, response):
     assert [verdict.score for verdict in verdicts] == [1.0, 1 / (1 + len(response)), 1.0]
 
 
-def test_workers_are_replaced_after_a_thousand_items():
+def test_workers_that_have_grown_are_replaced_and_others_not():
+    """Three times 100 MiB are more than 256."""
+    items = [*[item("pid")] * 2500, *[item("hoard", "100"), item("pid")] * 4]
     with RewardPool(1, 60.0, command=COMMAND) as pool:
-        pids = [verdict.message for verdict in pool.score([item("pid")] * 2500)]
-    runs = [pids.count(pid) for pid in dict.fromkeys(pids)]
-    assert runs == [1000, 1000, 500]
+        verdicts = pool.score(items)
+    assert len({verdict.message for verdict in verdicts[:2500]}) == 1
+    pids = [verdict.message for verdict in verdicts[2501::2]]
+    assert pids[0] == pids[1] == verdicts[0].message
+    assert pids[2] == pids[3] != pids[1]
 
 
 def test_workers_import_no_jax(pool):
