@@ -149,3 +149,16 @@ def test_everything_is_written_and_says_the_same(tmp_path: Path) -> None:
         f"{fit}_{x}" for fit in ("each", "law", "inter", "intra") for x in ("flops", "samples")
     }
     assert len(scaling.write_results(output / "curves.csv", output, 20, "28 runs.")) == len(findings)  # again, in place
+
+
+def test_the_readme_says_what_was_found() -> None:
+    """The rows between its marker and the next heading are those of findings.json, and the curves are all there."""
+    results = scaling.RESULTS / "scaling"
+    findings = json.loads((results / "findings.json").read_text())["findings"]
+    text = (scaling.ROOT / "README.md").read_text().partition("<!-- scaling-result -->")[2].partition("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows == [f"| {finding['claim']} | {finding['verdict']} |" for finding in findings]
+    with (results / "curves.csv").open(newline="") as file:
+        runs = {row["run"] for row in csv.DictReader(file)}
+    sweep = scaling.read_sweep(scaling.ROOT / "configs" / "scaling" / "ladder.yaml")
+    assert runs == {run.name for run in sweep.runs}
