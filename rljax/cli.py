@@ -241,11 +241,11 @@ def _report(argv: list[str]) -> None:
     if Path(given.source).suffix == ".csv" or (not is_run and (Path(given.source) / "curves.csv").is_file()):
         from rljax.scaling.sweep_page import write_sweep_report
 
-        print(write_sweep_report(given.source, given.output, beside=given.beside))
+        print(write_sweep_report(given.source, given.output, beside=given.beside, models=given.models))
         return
-    if given.output or given.beside:
+    if given.output or given.beside or given.models:
         raise ConfigError(
-            f"--output and --beside are of a sweep or a table, and {given.source} is not one; leave them out"
+            f"--output, --beside and --models are of a sweep or a table, and {given.source} is not one; leave them out"
         )
     from rljax.scaling.report import write_report
 
@@ -260,6 +260,7 @@ def report_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="RUN_DIR | SWEEP_DIR | CURVES.csv")
     parser.add_argument("--output", metavar="FOLDER", help="of a sweep or table; default: its own, or CURVES-report")
     parser.add_argument("--beside", metavar="CURVES.csv", help="another table, such as the paper's, beside each figure")
+    parser.add_argument("--models", metavar="MODELS.csv", help="other models' losses, beside those of the sizes")
     return parser
 
 

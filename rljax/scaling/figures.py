@@ -81,17 +81,22 @@ class Figure:
             one.set_title(title, fontsize=10)
 
 
-def write_figures(path: str | Path, folder: Path, *, beside: str | Path | None = None) -> list[Path]:
+def write_figures(
+    path: str | Path, folder: Path, *, beside: str | Path | None = None, models: str | Path | None = None
+) -> list[Path]:
     """Writes every figure that the table allows, as PNG and SVG, and returns the files.
 
     Args:
       path: a table that `curves.read_curves` reads.
       beside: another such table, such as the paper's: what both allow is shown side by side.
+      models: a table of other models (`read_models`), to be drawn beside the sizes of this one.
 
     Raises:
       ConfigError: matplotlib is missing, or a table is not one or allows no figure.
     """
     ours = _figures(open_table(path))
+    if models is not None:
+        ours["models"] = _models(open_table(path), read_models(models))
     theirs = {} if beside is None else _figures(open_table(beside))
     if not ours:
         raise ConfigError(
@@ -114,6 +119,61 @@ def write_figures(path: str | Path, folder: Path, *, beside: str | Path | None =
                 drawn.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
             files += plot.save(drawn, folder, name)
     return files
+
+
+def read_models(path: str | Path) -> dict[str, list[tuple[float, float]]]:
+    """Other models by family, (parameters, test loss) in the order of the file.
+
+    Args:
+      path: a .csv file with the columns family, num_params and test_loss, as `configs/scaling/paper_models.csv`.
+
+    Raises:
+      ConfigError: there is no such file, a column is missing, or a value is no number above 0.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{path} is not a file; give a table of models with columns family, num_params and test_loss")
+    found: dict[str, list[tuple[float, float]]] = {}
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        for number, row in enumerate(csv.DictReader(lines, skipinitialspace=True), 2):
+            try:
+                pair = float(row["num_params"]), float(row["test_loss"])
+                found.setdefault(row["family"], []).append(pair)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"line {number} of {path} has no family with num_params and test_loss in numbers ({error!r}); give "
+                    "the three in every line"
+                ) from None
+            if not min(pair) > 0:
+                raise ConfigError(f"line {number} of {path} has {pair}; parameters and a loss are above 0")
+    if not found:
+        raise ConfigError(f"{path} holds no model; give one in each line")
+    return found
+
+
+def _models(table: Table, models: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Loss over N where each source's sizes have used as many prompts, and of other models.
+
+    Raises:
+      ConfigError: the table has one size alone, or no losses over prompts.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for source in dict.fromkeys(source for source, _ in table.kinds):
+        evaluation = next(name for s, name in table.kinds if s == source)
+        curves = read_varied(table, source, evaluation, "num_params")[0]
+        if len(curves) > 1 and all(len(plot.positive(curve, "samples")[0]) for curve in curves):
+            end = min(span(curve, "samples")[1] for curve in curves)
+            name = f"{source or 'trained'}, {end:,.0f} prompts"
+            lines[name] = [(curve.key, _loss_at(curve, end)) for curve in curves]
+    if not lines:
+        raise ConfigError(f"{table.path} has no two sizes with losses over prompts, so no line to set models beside")
+    return Figure((("", lambda axes: plot.draw_models(axes, lines, models)),))
+
+
+def _loss_at(curve: Curve, samples: float) -> float:
+    """Mean of the last evaluations until then, five at most."""
+    x, loss = plot.positive(curve, "samples")
+    return float(loss[x <= samples][-5:].mean())
 
 
 def _figures(table: Table) -> dict[str, Figure]:

@@ -4,6 +4,7 @@ Colours, scales and labels are the paper's. Smoothed lines are for the eye: no l
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,6 +201,24 @@ def draw_ends(axes: Any, curves: Sequence[Curve], points: int = 10) -> None:
     axes.plot(sizes, first, "s--", color=BEFORE, markerfacecolor="none", label="first")
     axes.plot(sizes, last, "o-", color=AFTER, label="last")
     axes.fill_between(sizes, last, first, alpha=0.2, color=AFTER)
+    log_x(axes)
+    axes.set_xlabel("Parameters")
+    axes.set_ylabel("Test Loss")
+    axes.legend()
+
+
+def draw_models(
+    axes: Any,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    models: Mapping[str, Sequence[tuple[float, float]]],
+) -> None:
+    """Loss over N: of what was trained, by name, as solid lines, and of other models, by family, as dashed ones."""
+    colours = ("#CC0000", "#CC6600", "#228B22", "#0066CC", "#663399")
+    every = [(name, points, "o-") for name, points in lines.items()]
+    every += [(family, points, "s--") for family, points in models.items()]
+    for (name, points, marker), colour in zip(every, itertools.cycle(colours), strict=False):
+        sizes, losses = zip(*sorted(points), strict=True)
+        axes.plot(sizes, losses, marker, color=colour, label=name)
     log_x(axes)
     axes.set_xlabel("Parameters")
     axes.set_ylabel("Test Loss")

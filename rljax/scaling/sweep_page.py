@@ -25,6 +25,7 @@ TITLES = {
     "inter": "The largest size, its slope predicted from the others, its intercept fitted",
     "intra": "The later part of each run, predicted from the first",
     "slopes": "Slope K(N)",
+    "models": "Sizes after as many prompts, and other models",
     "repeats": "Data reuse",
     "group_size": "Completions per prompt",
     "lengths": "Response length, tokens",
@@ -37,7 +38,11 @@ COST_COLUMNS = ("step", "samples", "tokens", "flops", "accelerator_seconds", "te
 
 
 def write_sweep_report(
-    source: str | Path, output: str | Path | None = None, *, beside: str | Path | None = None
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    beside: str | Path | None = None,
+    models: str | Path | None = None,
 ) -> Path:
     """Writes `output`/figures/ and `output`/report.html, overwriting those that are there; returns the page's path.
 
@@ -45,6 +50,7 @@ def write_sweep_report(
       source: the folder of a sweep, or a table that `curves.read_curves` reads.
       output: a folder; None: that of the sweep, or for a table its name without ".csv" and with "-report".
       beside: another table, whose figures stand at the right of ours.
+      models: a table of other models (`figures.read_models`).
 
     Raises:
       ConfigError: there is no table, or none that allows a figure.
@@ -57,7 +63,7 @@ def write_sweep_report(
     if output is None:
         output = path.parent if Path(source).is_dir() else path.with_name(f"{path.stem}-report")
     folder = Path(output)
-    figures = write_figures(path, folder / "figures", beside=beside)
+    figures = write_figures(path, folder / "figures", beside=beside, models=models)
     title = Path(source).resolve().name
     body = "".join([
         section("Laws", "".join(_laws(open_table(path)))),

@@ -1,6 +1,8 @@
 """Figures of any table of curves: which there are, what they show, and the same bytes each time."""
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ pytest.importorskip("matplotlib")
 from rljax.config import ConfigError
 from rljax.scaling import plot
 from rljax.scaling.curves import Curve, read_curves
-from rljax.scaling.figures import open_table, read_varied, write_figures
+from rljax.scaling.figures import _models, open_table, read_models, read_varied, write_figures
 
 SIZES = (5e8, 1.5e9, 3e9, 7e9, 14e9)
 
@@ -207,3 +209,59 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     one.write_text("source,size_b,step,loss_mean\n")
     with pytest.raises(ConfigError, match="no row"):
         write_figures(one, tmp_path)
+
+
+def sizes_table(folder: Path) -> Path:
+    """Two sizes, the larger measured for longer."""
+    rows = [f"base,{size},{step},{level - 0.001 * step}" for size, level, last in ((1e9, 0.9, 50), (4e9, 0.7, 80))
+            for step in range(1, last + 1)]  # fmt: skip
+    (folder / "sizes.csv").write_text("source,num_params,step,loss\n" + "\n".join(rows))
+    return folder / "sizes.csv"
+
+
+def test_other_models_stand_beside_sizes_after_as_many_prompts(tmp_path: Path) -> None:
+    models = tmp_path / "models.csv"
+    models.write_text("family,model,num_params,test_loss\nA,a,1e9,0.5\nB,b,2e9,0.4\nA,c,8e9,0.3\n")
+    table = sizes_table(tmp_path)
+    files = write_figures(table, tmp_path / "f", models=models)
+    assert "models" in names(files) and "models" not in names(write_figures(table, tmp_path / "g"))
+
+    class Axes:
+        def __init__(self) -> None:
+            self.drawn: dict[str, tuple[Any, Any]] = {}
+
+        def plot(self, x: Any, y: Any, marker: str, *, color: str, label: str) -> None:
+            self.drawn[label] = x, y
+
+        def __getattr__(self, name: str) -> Any:
+            return MagicMock(return_value=(1.0, 1e3))
+
+    axes = Axes()
+    _models(open_table(table), read_models(models)).panels[0][1](axes)
+    assert axes.drawn["A"] == ((1e9, 8e9), (0.5, 0.3)) and axes.drawn["B"] == ((2e9,), (0.4,))
+    x, y = axes.drawn["base, 25,600 prompts"]  # 50 steps of 512, where the smaller ends
+    assert x == (1e9, 4e9)
+    assert y == pytest.approx((0.9 - 0.048, 0.7 - 0.048))  # the mean of steps 46 to 50
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("family,num_params,test_loss\n", "holds no model"),
+        ("family,num_params\nA,1e9\n", "line 2 .* give the three in every line"),
+        ("family,num_params,test_loss\nA,1e9,0.5\nA,large,0.5\n", "line 3 .*large"),
+        ("family,num_params,test_loss\nA,1e9,0\n", "are above 0"),
+    ],
+)
+def test_what_is_no_table_of_models(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "models.csv").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        write_figures(sizes_table(tmp_path), tmp_path / "f", models=tmp_path / "models.csv")
+    with pytest.raises(ConfigError, match="is not a file"):
+        write_figures(sizes_table(tmp_path), tmp_path / "f", models=tmp_path / "none.csv")
+
+
+def test_the_models_of_the_paper_are_read() -> None:
+    models = read_models(Path(__file__).resolve().parents[2] / "configs" / "scaling" / "paper_models.csv")
+    assert {family: len(points) for family, points in models.items()} == {"Qwen3": 6, "Qwen3 MoE": 2, "GPT-OSS": 2}
+    assert models["GPT-OSS"][1] == (120e9, 0.34)  # Table 4: pass@1 .660
