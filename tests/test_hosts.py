@@ -373,11 +373,15 @@ def test_the_rows_of_a_mesh_that_are_a_process_s_own(
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     devices: Any = np.array([Device(number, number // 4) for number in range(8)])
+    monkeypatch.setattr(jax, "devices", lambda: list(devices))
     here = hosts.local_mesh(Mesh(devices.reshape(shape), AXES))
     assert here.axis_names == AXES
     assert [[[device.id for device in group] for group in part] for part in here.devices] == own
     with pytest.raises(ConfigError, match=r"mesh.tensor = 8 .* set mesh.tensor to a divisor of 4"):
         hosts.local_mesh(Mesh(devices.reshape(1, 1, 8), AXES))
+    elsewhere: Any = np.array([Device(number + 8, number // 4) for number in range(8)])
+    compiled_for = Mesh(elsewhere.reshape(shape), AXES)
+    assert hosts.local_mesh(compiled_for) is compiled_for
 
 
 @pytest.mark.parametrize(
