@@ -3,6 +3,7 @@
 Arrays name their dims logically (`rljax/models/qwen2.py`); two rule tables say which mesh axis splits which name.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,28 @@ SAMPLER_RULES: Rules = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tenso
 """Decoding: never over fsdp, or the weights would cross the network once per token."""
 
 
+def whole_mesh(config: MeshConfig, count: int, what: str) -> MeshConfig:
+    """`config` with the axis that is -1 filled in from `count` devices, which an error calls `what`.
+
+    Raises:
+      ConfigError: the axes do not multiply to that number.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    given = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(f"{given}: axes are positive, and at most one is -1 (what is left); set the others")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = count // fixed
+    if fixed * (sizes[free[0]] if free else 1) != count:
+        raise ConfigError(
+            f"{given}: the fixed axes multiply to {fixed} and must {'divide' if free else 'multiply to'} {count}, "
+            f"{what}; change one, or set it to -1 to take what is left"
+        )
+    return MeshConfig(**sizes)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (`jax.Device`s; default: all).
 
@@ -34,21 +57,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: the axes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    given = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ConfigError(f"{given}: axes are positive, and at most one is -1 (what is left); set the others")
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if free:
-        sizes[free[0]] = len(devices) // fixed
-    if fixed * (sizes[free[0]] if free else 1) != len(devices):
-        rule = f"must divide {len(devices)}" if free else f"must multiply to {len(devices)}"
-        raise ConfigError(
-            f"{given}: the fixed axes multiply to {fixed} and {rule}, the number of devices here; "
-            f"change one, or set it to -1 to take what is left"
-        )
-    shape = [sizes[axis] for axis in AXES]
+    sizes = whole_mesh(config, len(devices), "the number of devices here")
+    shape = [getattr(sizes, axis) for axis in AXES]
     grid = np.asarray(devices).reshape(shape)
     if devices[0].platform == "tpu":  # neighbours of an axis should be so in the torus, too
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from rljax.config import ARCHITECTURES, Architecture, ConfigError, MeshConfig, RunConfig
 from rljax.footprint import Footprint, Setting, check_divides, footprint, sizes_that_divide
 from rljax.hardware import CHIPS, Slice, slice_named, slices_of
+from rljax.mesh import AXES, whole_mesh
 from rljax.models import hf
 from rljax.steptime import StepTime, step_time
 
-_AXES = ("data", "fsdp", "tensor")
 _ALIKE = 1.05
 """Steps that take so much longer than the fastest are as fast."""
 
@@ -141,22 +141,7 @@ def architecture_of(config: RunConfig) -> Architecture:
 
 def _whole(mesh: MeshConfig, where: Slice) -> MeshConfig:
     """`mesh` with the axis that is -1 filled in from the slice."""
-    sizes = {axis: getattr(mesh, axis) for axis in _AXES}
-    given = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ConfigError(f"{given}: axes are positive, and at most one is -1 (what is left); set the others")
-    fixed = 1
-    for size in sizes.values():
-        fixed *= size if size > 0 else 1
-    if free:
-        sizes[free[0]] = max(1, where.devices // fixed)
-    if fixed * (sizes[free[0]] if free else 1) != where.devices:
-        raise ConfigError(
-            f"{given}: the fixed axes multiply to {fixed} and must {'divide' if free else 'multiply to'} "
-            f"{where.devices}, the devices of {where.name}; change one, or set it to -1 to take what is left"
-        )
-    return MeshConfig(**sizes)
+    return whole_mesh(mesh, where.devices, f"the devices of {where.name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -255,11 +240,11 @@ def _listed(config: RunConfig) -> list[str]:
 
 def mesh_text(mesh: MeshConfig) -> str:
     """`1x8x8`: data, fsdp, tensor."""
-    return "x".join(str(getattr(mesh, axis)) for axis in _AXES)
+    return "x".join(str(getattr(mesh, axis)) for axis in AXES)
 
 
 def _mesh_flags(mesh: MeshConfig) -> str:
-    return " ".join(f"--mesh.{axis} {getattr(mesh, axis)}" for axis in _AXES)
+    return " ".join(f"--mesh.{axis} {getattr(mesh, axis)}" for axis in AXES)
 
 
 def _gib(count: float) -> str:

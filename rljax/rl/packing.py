@@ -38,8 +38,8 @@ MICROBATCHES_PER_UPDATE = 128
 lengths of a quarter of that, 32. The last of them is half empty on average: 2 % of the slots."""
 LEAST_TOKENS = {"cpu": 2304, "gpu": 8192, "tpu": 8192}
 """Below so many per shard a micro-batch is not made smaller: its fixed costs would show. Adding the gradients of all
-parameters takes 12 bytes of each, a token 8 FLOPs: on a chip of 200 FLOPs per byte 300 tokens' worth of time. On two
-cores two rows of 1,088 are 4 % faster than one, and four no faster than two."""
+parameters takes 12 bytes of each, a token 8 FLOPs: on a chip of 200 FLOPs per byte 300 tokens' worth of time. A
+CPU's fixed costs are those of two rows of 1,088."""
 ROW_TOKENS = 2048
 """Length of a row where blocks of attention that nobody sees are skipped, if the longest prompt and completion allow:
 what follows a prompt then costs no more in a long row, and the fewer rows the fewer copies of prompts."""
