@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -381,6 +383,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code: 0, 64 for unusable input, 75 for a run that was told to stop and has
     saved its step, 1 for anything else that failed."""
     code = _run(list(sys.argv[1:] if argv is None else argv))
+    if code == PREEMPTED and threading.current_thread() is threading.main_thread():
+        # All is saved. Python lets go of its handlers while it ends: a SIGTERM that comes late, as from a launcher that
+        # tells each process of a run, would make the exit code that of a killed program.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     hosts = sys.modules.get("rljax.hosts")
     if code not in (0, PREEMPTED) and hosts is not None:
         hosts.leave(code)

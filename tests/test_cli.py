@@ -496,7 +496,8 @@ def test_inspect_shows_what_has_no_utf8(tmp_path: Path, capsys: pytest.CaptureFi
 def test_report_of_no_run(tmp_path: Path, refused: Refused) -> None:
     said = refused("report", str(tmp_path))
     assert f"{tmp_path} holds neither metrics.jsonl nor curves.csv" in said and "give the run_dir of a run" in said
-    assert "--output and --beside are of a sweep or a table" in refused("report", str(tmp_path), "--output", "x")
+    said = refused("report", str(tmp_path), "--output", "x")
+    assert "--output, --beside and --models are of a sweep or a table" in said
 
 
 # ------------------------------------------------------------------------------------------------------- runs, resume

@@ -38,25 +38,27 @@ start() {
   echo $! >"attempts/$1/pid"
 }
 
-# The wrapper: passes SIGTERM on to the program, and writes down how it ended.
+# The wrapper: passes SIGTERM on to the program, and writes down how it ended. A shell of its own runs the program in
+# the foreground and has its exit code: `wait` may lose it when a signal comes as the program ends.
 work() {
-  local attempt=$1 logs=$5 command=$6 child="" signalled="" code
+  local attempt=$1 logs=$5 command=$6 runner
   export RLJAX_ATTEMPT=$attempt RLJAX_WORKER=$2 RLJAX_NUM_WORKERS=$3
   if [[ $4 != - ]]; then export JAX_COORDINATOR_ADDRESS=$4 JAX_NUM_PROCESSES=$3 JAX_PROCESS_ID=$2; fi
-  trap 'signalled=1; [[ ! $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
   if [[ -f env ]]; then # shellcheck disable=SC1091
     set -a && source ./env && set +a
   fi
   ulimit -n "$(ulimit -Hn)"
-  (cd code && exec bash -c "$command") >"attempts/$attempt/log" 2>&1 &
-  child=$!
-  [[ ! $signalled ]] || kill -TERM "$child"
-  while :; do # a signal ends `wait`, not the program
-    signalled="" code=0
-    wait "$child" || code=$?
-    [[ $signalled || $code == -1 ]] || break # -1: bash was interrupted before its trap had run
-  done
-  echo "$code" >"attempts/$attempt/exit.new" && mv "attempts/$attempt/exit.new" "attempts/$attempt/exit"
+  (
+    trap : TERM # sent to all at a shutdown: the program is waited for
+    code=0
+    (cd code && exec bash -c "$command") >"attempts/$attempt/log" 2>&1 || code=$?
+    echo "$code" >"attempts/$attempt/exit.new"
+  ) &
+  runner=$!
+  # The program is the one child of that shell; it is not there yet when the signal comes at once.
+  trap 'until pkill -TERM -P "$runner" || ! kill -0 "$runner" 2>/dev/null; do sleep 0.1; done' TERM
+  while kill -0 "$runner" 2>/dev/null; do wait "$runner" || true; done
+  mv "attempts/$attempt/exit.new" "attempts/$attempt/exit"
   [[ $logs == - ]] || gcloud storage cp "attempts/$attempt/log" "$logs/$attempt/worker-$2.log"
 }
 

@@ -1,11 +1,15 @@
 """Each script of tpu_scripts/ alone: what it would do, what it does, and what it does when something fails."""
 
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -227,6 +231,35 @@ def test_stop_lets_the_program_save(pod: Pod) -> None:
     assert sorted(pod.run("stop").splitlines()) == ["[0] exit 75", "[1] exit 75"]
     assert not lock.exists()
     assert sorted(folder.name for folder in (pod.run_dir / "checkpoints").iterdir()) == ["3", "5"]
+
+
+def test_a_signal_that_comes_as_the_program_ends_does_not_change_its_exit_code(tmp_path: Path) -> None:
+    host = tmp_path / ".rljax"
+    (host / "code").mkdir(parents=True)
+    shutil.copy(SCRIPTS / "host.sh", host)
+    program = tmp_path / "program.py"  # told to stop by another, it ends by itself, while its own signal is on the way
+    program.write_text("""
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(0.05)
+sys.exit(75)
+""")
+
+    def exit_code(attempt: int) -> str:
+        folder = host / "attempts" / str(attempt)
+        folder.mkdir(parents=True)
+        command = f"{sys.executable} -I -S {program} {folder}/ready"
+        words = ["bash", str(host / "host.sh"), "work", str(attempt), "0", "1", "-", "-", command]
+        process = subprocess.Popen(words, env={**os.environ, "HOME": str(tmp_path)}, stderr=subprocess.DEVNULL)
+        wait_for(lambda: (folder / "ready").exists())
+        time.sleep(0.04 + 0.03 * attempt / 60)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        return (folder / "exit").read_text()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(exit_code, range(60))) == {"75\n"}
 
 
 def test_stop_kills_what_does_not_listen(pod: Pod) -> None:

@@ -73,6 +73,7 @@ def main(run: Path, num_steps: int, hold: int) -> int:
             write(run / "checkpoints" / str(step) / f"worker-{worker}", str(state))
         print(f"step {step}", flush=True)
         if stops:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python's own end would hear a late one by dying of it
             return 75
     write(run / "result" / f"worker-{worker}", str(state))
     return 0
