@@ -120,6 +120,7 @@ class Iteration:
         marks.append(time.perf_counter())
         advantages = advantages_of(rollouts, self.learner)
         marks.append(time.perf_counter())
+        self.sampler.release()
         self.metrics = to_floats(self.learner.step(rollouts, advantages))
         jax.block_until_ready(self.learner.state.params)
         marks.append(time.perf_counter())

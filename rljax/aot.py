@@ -174,7 +174,7 @@ class Job:
     @functools.cached_property
     def rung(self) -> str:
         """Of remat."""
-        free = self.hbm_bytes - bytes_per_chip((self.state, self.sampler.shapes)) - self.reference_bytes
+        free = self.hbm_bytes - bytes_per_chip(self.state) - self.reference_bytes
         trained = num_params(self.arch)
         shape = self.row_shape
         return choose_remat(self.remat, self.arch, self.mesh, shape, self.compute_dtype, trained, free).rung
@@ -260,9 +260,8 @@ def _update(job: Job) -> Lowering:
             **constants,
             compute=compute,
         )
-    beside = job.reference_bytes + bytes_per_chip(job.sampler.shapes)
     batch = f"{shape.num_microbatches} x {shape.rows} x {shape.positions}, remat {job.rung}"
-    return Lowering(lowered, batch, bytes_per_chip(job.state), beside)
+    return Lowering(lowered, batch, bytes_per_chip(job.state), job.reference_bytes)
 
 
 def _prefill(job: Job) -> Lowering:
@@ -303,10 +302,12 @@ def _decode(job: Job) -> Lowering:
 
 
 def _sync(job: Job) -> Lowering:
+    layers, index = job.params["layers"], jax.ShapeDtypeStruct((), jnp.int32)
     with jax.set_mesh(job.mesh):
-        lowered = job.sampler.to_sampler.lower(job.params)
-    moments = bytes_per_chip(job.state) - bytes_per_chip(job.params)
-    return Lowering(lowered, "all parameters", 0, moments + job.reference_bytes)
+        lowered = job.sampler.layer_to_sampler.lower(layers, index)
+    held = (job.state, job.sampler.shapes)
+    beside = bytes_per_chip(held) - bytes_per_chip((layers, job.sampler.shapes["layers"][0]))
+    return Lowering(lowered, "a layer", 0, beside + job.reference_bytes)
 
 
 PROGRAMS: dict[str, Callable[[Job], Lowering]] = {
@@ -315,7 +316,7 @@ PROGRAMS: dict[str, Callable[[Job], Lowering]] = {
     "decode": _decode,
     "sync": _sync,
 }
-"""An optimizer update, the start of a wave, a chunk of its decode in the largest cache, and the weight sync."""
+"""An update, the start of a wave, a chunk of its decode in the largest cache, and the weight sync of a layer."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the result

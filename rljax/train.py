@@ -288,9 +288,7 @@ def _open_run(
     elif with_kl and params is not None:
         reference = reference_copy(params, reference_dtype(config.algorithm, policy.head_dtype))
     del params  # state and reference have copies, and what is free from here on is a rollout's or an update's
-    sampler = policy.sampler(config.sampling)
-    sampler.sync(attach(base, state.params, config.lora.scale))
-    sampler.block_until_ready()  # with the weights in place, what is free is an update's
+    jax.block_until_ready((state, reference))
     prompts, cap = config.data.prompts_per_step // algorithm.updates_per_step, config.sampling.max_completion_tokens
     remat = choose_remat(
         config.model.remat,
@@ -301,6 +299,8 @@ def _open_run(
         sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     ).rung
     config = _with_remat(config, remat)
+    sampler = policy.sampler(config.sampling)  # its weights are not there while an update runs
+    sampler.sync(attach(base, state.params, config.lora.scale))
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FINISHED).unlink(missing_ok=True)  # first: it would speak of what the next line replaces
@@ -422,6 +422,7 @@ def _step(run: Run, step: int) -> dict[str, float]:
         with timer("update"):
             advantages, penalty = _advantages(run, collected)
             generation = flop_metrics(generation=_generation(run, sampled.rollouts))
+            run.sampler.release()
             metrics = to_floats(merge(merge(run.learner.step(rollouts, advantages), penalty), generation))
             run.learner.move_reference(step)
         with timer("sync"):

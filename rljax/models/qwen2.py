@@ -195,39 +195,46 @@ def logits(params: Params, arch: Architecture, hidden: jax.Array) -> jax.Array:
 
 
 def sampler_params(params: Params, arch: Architecture, compute_dtype: Any, head_dtype: Any = None) -> Params:
-    """Learner layout to sampler layout: unstack, merge adapters, cast, fuse. Jitted by the caller: the weight sync.
+    """Learner layout to sampler layout: unstack, merge adapters, cast, fuse. All at once; `Sampler.sync` has a program
+    for a layer and one for the rest.
 
     Args:
       arch: the model, or with copies of its key/value heads (`layers.with_a_kv_head_each`).
       head_dtype: of the final norm and the head, and so of `final_states` and their logits; None: the compute dtype.
     """
+    layers = [sampler_layer(params["layers"], i, arch, compute_dtype) for i in range(arch.num_layers)]
+    return {**sampler_outside(params, arch, compute_dtype, head_dtype), "layers": layers}
+
+
+def sampler_layer(layers: Params, index: int | jax.Array, arch: Architecture, compute_dtype: Any) -> Params:
+    """Layer `index` in the sampler's layout, of the stacked `layers` of the learner's."""
     groups = arch.num_heads // arch.num_kv_heads
+    layer = {name: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for name, leaf in layers.items()}
+    weights = _cast(merge_adapters(layer), compute_dtype)
+    weights = copy_kv_heads(weights, arch)
+    fused = {name: weights[name] for name in weights if name not in ("q", "k", "v", "gate", "up")}
+    q = weights["q"].reshape(arch.hidden_size, arch.num_kv_heads, groups, arch.head_dim)
+    qkv = jnp.concatenate([q, weights["k"][:, :, None], weights["v"][:, :, None]], axis=2)
+    fused["qkv"] = jnp.moveaxis(qkv, 0, -1)
+    if arch.qkv_bias:
+        q_bias = fused.pop("q_bias").reshape(arch.num_kv_heads, groups, arch.head_dim)
+        k_bias, v_bias = fused.pop("k_bias")[:, None], fused.pop("v_bias")[:, None]
+        fused["qkv_bias"] = jnp.concatenate([q_bias, k_bias, v_bias], axis=1)
+    fused["o"] = weights["o"].reshape(-1, arch.hidden_size).T
+    fused["gate_up"] = jnp.stack([weights["gate"].T, weights["up"].T])
+    fused["down"] = weights["down"].T
+    return fused
 
-    def fuse(weights: Params) -> Params:
-        weights = copy_kv_heads(weights, arch)
-        fused = {name: weights[name] for name in weights if name not in ("q", "k", "v", "gate", "up")}
-        q = weights["q"].reshape(arch.hidden_size, arch.num_kv_heads, groups, arch.head_dim)
-        qkv = jnp.concatenate([q, weights["k"][:, :, None], weights["v"][:, :, None]], axis=2)
-        fused["qkv"] = jnp.moveaxis(qkv, 0, -1)
-        if arch.qkv_bias:
-            q_bias = fused.pop("q_bias").reshape(arch.num_kv_heads, groups, arch.head_dim)
-            k_bias, v_bias = fused.pop("k_bias")[:, None], fused.pop("v_bias")[:, None]
-            fused["qkv_bias"] = jnp.concatenate([q_bias, k_bias, v_bias], axis=1)
-        fused["o"] = weights["o"].reshape(-1, arch.hidden_size).T
-        fused["gate_up"] = jnp.stack([weights["gate"].T, weights["up"].T])
-        fused["down"] = weights["down"].T
-        return fused
 
-    def cast(tree: Params, dtype: Any = compute_dtype) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-
-    layers = [
-        fuse(cast(merge_adapters({name: leaf[i] for name, leaf in params["layers"].items()})))
-        for i in range(arch.num_layers)
-    ]
+def sampler_outside(params: Params, arch: Architecture, compute_dtype: Any, head_dtype: Any = None) -> Params:
+    """What is of no layer in the sampler's layout: cast."""
     outside = {name: params[name] for name in params if name != "layers"}
     at_the_end = {name: outside.pop(name) for name in ("final_norm", _head_name(arch))}
-    return {**cast(outside), **cast(at_the_end, head_dtype or compute_dtype), "layers": layers}
+    return {**_cast(outside, compute_dtype), **_cast(at_the_end, head_dtype or compute_dtype)}
+
+
+def _cast(tree: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
 def block_dtype(params: Params) -> Any:

@@ -84,6 +84,7 @@ class Sampler:
         options: EngineOptions = EngineOptions(),
     ) -> None:
         shapes = qwen2.param_shapes(arch)
+        self._whole_mesh = mesh
         self.arch = arch = with_a_kv_head_each(arch, mesh.shape["tensor"])
         self.mesh, self.options = local_mesh(mesh), options
         self.stats = Stats()
@@ -96,22 +97,50 @@ class Sampler:
         def to_sampler(params: qwen2.Params) -> qwen2.Params:
             return qwen2.sampler_params(params, arch, compute_dtype, head_dtype)
 
+        def layer_to_sampler(layers: qwen2.Params, index: jax.Array) -> qwen2.Params:
+            return qwen2.sampler_layer(layers, index, arch, compute_dtype)
+
+        def outside_to_sampler(outside: qwen2.Params) -> qwen2.Params:
+            return qwen2.sampler_outside(outside, arch, compute_dtype, head_dtype)
+
         shapes = jax.eval_shape(to_sampler, shapes)
         shardings = param_shardings(mesh, shapes, qwen2.sampler_param_axes(arch), SAMPLER_RULES)
-        self.to_sampler = jax.jit(to_sampler, out_shardings=shardings)
-        """The weight sync."""
         self.shapes = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
         """Tree of `ShapeDtypeStruct` of the sampler's parameters."""
-        self._whole_mesh = mesh
+        outside = {name: shardings[name] for name in shardings if name != "layers"}
+        self.layer_to_sampler = jax.jit(layer_to_sampler, out_shardings=shardings["layers"][0])
+        """The weight sync of a layer: stacked parameters and its index to its parameters."""
+        self.outside_to_sampler = jax.jit(outside_to_sampler, out_shardings=outside)
+        """The weight sync of what is of no layer."""
         if params is not None:
             self.sync(params)
 
     def sync(self, params: qwen2.Params) -> None:
-        """Takes over `params` (learner layout): cast, unstacked, fused and resharded in one program."""
-        self._params = None  # free the old copy before the new one is made
+        """Takes over `params` (learner layout): cast, unstacked, fused and resharded.
+
+        Layer by layer with one program, so that beside both layouts there is room needed for a layer only.
+        """
+        self.release()
+        outside = {name: leaf for name, leaf in params.items() if name != "layers"}
         with jax.set_mesh(self._whole_mesh):
-            params = self.to_sampler(params)
+            layers = [self.layer_to_sampler(params["layers"], index) for index in range(self.arch.num_layers)]
+            params = {**self.outside_to_sampler(outside), "layers": layers}
         self._params = params if self.mesh is self._whole_mesh else local_part(params, self.mesh)
+
+    @property
+    def params(self) -> qwen2.Params:
+        """What it draws from, in the sampler's layout.
+
+        Raises:
+          RuntimeError: it holds none.
+        """
+        if self._params is None:
+            raise RuntimeError("the sampler holds no parameters; give them to Sampler(...) or call sync(params) first")
+        return self._params
+
+    def release(self) -> None:
+        """Frees the parameters, until `sync` brings others: an update has their memory."""
+        self._params = None
 
     def block_until_ready(self) -> None:
         """Waits for the last `sync`."""
@@ -148,8 +177,7 @@ class Sampler:
           on_group: called with a prompt's place in `prompts` and its completions as soon as all of them have ended,
             while others are still being decoded.
         """
-        if self._params is None:
-            raise RuntimeError("the sampler holds no parameters; give them to Sampler(...) or call sync(params) first")
+        params = self.params
         rows = len(prompts) * samples_per_prompt
         limits = np.broadcast_to(np.asarray(max_completion_tokens, np.int32), (rows,))
         _check(rows, limits, temperature, top_k, top_p, min_p)
@@ -172,7 +200,7 @@ class Sampler:
         )
         ids = prompts.positions[:, None] * samples_per_prompt + np.arange(samples_per_prompt)
         device = DecodeDevice(
-            self._params,
+            params,
             self.arch,
             self.mesh,
             self._programs,
@@ -202,14 +230,12 @@ class Sampler:
 
         Of softmax(logits / temperature) over the full vocabulary; 0 after the end of a completion. R is the longest.
         """
-        if self._params is None:
-            raise RuntimeError("the sampler holds no parameters; give them to Sampler(...) or call sync(params) first")
         if not completions or len(completions) % len(prompts):
             raise ValueError(
                 f"{len(completions)} completions of {len(prompts)} prompts; give the same number, at least 1, of each"
             )
         return score_completions(
-            self._params, self.arch, self.mesh, self._programs, prompts, completions, temperature=temperature
+            self.params, self.arch, self.mesh, self._programs, prompts, completions, temperature=temperature
         )
 
     def _settings(

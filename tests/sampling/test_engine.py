@@ -1,6 +1,7 @@
 """The sampler draws what the learner scores, and a row's draw depends on nothing around it."""
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,28 @@ def sampler(tiny, tiny_params, mesh):
     sampler = Sampler(None, tiny, mesh, stop_ids=STOPS, options=EngineOptions(chunk_tokens=8))
     sampler.sync(tiny_params)
     return sampler
+
+
+def test_a_sync_is_the_whole_layout_by_one_program_for_all_layers(tiny, tiny_params, mesh) -> None:
+    sampler = Sampler(tiny_params, tiny, mesh, stop_ids=STOPS)
+    expected = jax.jit(lambda params: qwen2.sampler_params(params, tiny, jnp.float32))(tiny_params)
+    jax.tree.map(np.testing.assert_array_equal, sampler.params, expected)
+    sampler.sync(jax.tree.map(lambda leaf: 2 * leaf, tiny_params))
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, 2 * old), sampler.params, expected)
+    assert tiny.num_layers > 1
+    assert sampler.layer_to_sampler._cache_size() == sampler.outside_to_sampler._cache_size() == 1
+
+
+def test_released_parameters_are_freed_and_asked_for(tiny, tiny_params, mesh) -> None:
+    sampler = Sampler(tiny_params, tiny, mesh, stop_ids=STOPS)
+    generate(sampler, make_prompts([5]), cap=8)
+    held = [weakref.ref(leaf) for leaf in jax.tree.leaves(sampler.params)]
+    sampler.release()
+    assert held and not any(leaf() for leaf in held)
+    with pytest.raises(RuntimeError, match="call sync"):
+        generate(sampler, make_prompts([5]), cap=8)
+    sampler.sync(tiny_params)
+    generate(sampler, make_prompts([5]), cap=8)
 
 
 def generate(sampler, prompts, samples=4, *, temperature=1.0, cap=40):
