@@ -307,6 +307,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     """Global-norm clip; 0: off. A non-finite norm skips the update and is counted."""
+    max_nonfinite_steps: int = 10
+    """A run ends (exit code 71) when all updates of so many steps in a row were skipped for it; 0: never."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: constant is the paper's; linear and cosine fall until `decay_updates`."""
     warmup_updates: int = 0
@@ -480,6 +482,12 @@ FINISHED = "finished.json"
 
 PREEMPTED = 75
 """Exit code of a run that was told to stop (SIGTERM) and saved its step first: a launcher starts it again."""
+NON_FINITE = 71
+"""Exit code of a run that ended for `NonFiniteError`: it would come to the same again."""
+
+
+class NonFiniteError(ArithmeticError):
+    """No update of `optimizer.max_nonfinite_steps` steps in a row had a finite gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -492,6 +500,9 @@ class RunConfig:
     """Seed of initial weights and of every draw."""
     steps: int = 0
     """0: as many whole steps as unique x repeats prompts give."""
+    watchdog_seconds: float = 300.0
+    """Of several processes one whose phase takes longer, and ten times longer than that phase ever took, ends with exit
+    code 70, for another may be gone (`rljax/watchdog.py`). 0: off."""
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
@@ -543,6 +554,8 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "seed",
     "steps",
+    "watchdog_seconds",
+    "optimizer.max_nonfinite_steps",
     "data.unique",
     "data.seed",
     "sampling.temperature",

@@ -229,6 +229,7 @@ def dump_config(config: RunConfig) -> str:
 _MAY_CHANGE = (
     # Where a run is written, how long it goes on, what is seen of it.
     *("run_dir", "steps", "logging", "checkpoint", "evaluation.every", "reward.hack_meter"),
+    *("watchdog_seconds", "optimizer.max_nonfinite_steps"),
     # What only other commands read.
     *("sft", "eval", "sample", "plan"),
     # Where and in which portions the same thing is computed: other devices, less memory.

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import operator
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -180,17 +180,25 @@ class PhaseTimer:
 
     `with timer("sample"): ...` adds to `time/sample_seconds`. JAX returns before the device has finished: block on the
     result inside the phase, or its time lands in the next one.
+
+    Args:
+      entered: told of every phase that begins, and of the one around it, "" at last, when it ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, entered: Callable[[str], None] = lambda phase: None) -> None:
         self._seconds: dict[str, float] = {}
+        self._entered, self._inside = entered, [""]
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._inside.append(phase)
+        self._entered(phase)
         try:
             yield
         finally:
+            self._inside.pop()
+            self._entered(self._inside[-1])
             name = f"time/{phase}_seconds"
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 

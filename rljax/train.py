@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.checkpoint import CheckpointStore
-from rljax.config import ARCHITECTURES, FINISHED, ConfigError, RunConfig
+from rljax.config import ARCHITECTURES, FINISHED, ConfigError, NonFiniteError, RunConfig
 from rljax.config_file import dotted, dump_config, require_same_config
 from rljax.costs import (
     FlopCount,
@@ -61,6 +61,7 @@ from rljax.run_log import ALIASES, CurveRow, MetricSink, Progress
 from rljax.sampling.engine import Sampler
 from rljax.sampling.schedule import Stats
 from rljax.types import LENGTH, Rollouts, TrainState, select_prompts
+from rljax.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,24 @@ class Run:
     key: jax.Array
     saved_step: int = 0
     """Of the last checkpoint that this start of the run began to write; 0: none."""
+    nonfinite_steps: int = 0
+    """Steps since one with an update whose gradient was finite."""
+
+    def check_finite(self, step: int, floats: Mapping[str, float]) -> None:
+        """Counts such steps.
+
+        Raises:
+          NonFiniteError: too many in a row. Nothing was learnt in them, so what was saved since is as good as before.
+        """
+        everything = floats["policy/nonfinite_updates"] >= self.config.algorithm.updates_per_step
+        self.nonfinite_steps = self.nonfinite_steps + 1 if everything else 0
+        limit = self.config.optimizer.max_nonfinite_steps
+        if 0 < limit <= self.nonfinite_steps:
+            raise NonFiniteError(
+                f"no update of steps {step - limit + 1} to {step} had a finite gradient: nothing is learnt any more; "
+                f"their completions are in {self.config.run_dir}/rollouts. A smaller optimizer.learning_rate may help, "
+                "or algorithm.kl_coefficient; optimizer.max_nonfinite_steps = 0 lets a run go on"
+            )
 
 
 def train(
@@ -127,6 +146,7 @@ def train(
     Raises:
       ConfigError: the config, the data, the weights or an existing run folder do not allow it.
       Preempted: a SIGTERM came, to this or to another process of the run, and the step was saved. A `SystemExit`.
+      NonFiniteError: no update of the last `optimizer.max_nonfinite_steps` steps had a finite gradient.
     """
     started = time.perf_counter()
     policy = open_policy(config)
@@ -150,18 +170,24 @@ def train(
                 result = _evaluate(run, 0)
                 run.sink.log(0, result.metrics)
                 logger.info("step 0/%d  pass@1 %.3f before training", num_steps, result.pass_at_1)
-            with Progress(num_steps, first_step=run.first_step) as progress, Preemption() as preemption:
+            with (
+                Progress(num_steps, first_step=run.first_step) as progress,
+                Preemption() as preemption,
+                Watchdog(config.watchdog_seconds if jax.process_count() > 1 else 0) as watchdog,
+            ):
                 for step in range(run.first_step + 1, num_steps + 1):
                     if run.pipeline.is_exhausted:  # dynamic sampling took what later steps would have had
                         logger.info("the prompts are used up: the run ends after step %d of %d", last_step, num_steps)
                         break
-                    floats = _step(run, step)
+                    floats = _step(run, step, PhaseTimer(watchdog.enter))
                     if forecast is not None and jax.process_index() == 0 and "eval/test_loss" in floats:
                         floats |= forecast(config.run_dir, num_steps)
                     run.sink.log(step, floats)
                     progress.step(step, floats)
                     last_step = step
+                    run.check_finite(step, floats)
                     if preemption.reached(step) and step < num_steps and not run.pipeline.is_exhausted:
+                        watchdog.enter("last checkpoint")
                         _stop(run, step)
         finally:
             pipeline.close()
@@ -413,9 +439,9 @@ def _judged(run: Run, scored: Scored) -> np.ndarray:
     return scored.judged | (run.config.reward.mode == "paper")
 
 
-def _step(run: Run, step: int) -> dict[str, float]:
+def _step(run: Run, step: int, timer: PhaseTimer) -> dict[str, float]:
     """One step; returns its metrics as floats: of rewards and completions, those of everything sampled."""
-    config, timer, started = run.config, PhaseTimer(), time.perf_counter()
+    config, started = run.config, time.perf_counter()
     with timer("step"):
         collected = _collect(run, timer)
         sampled, rollouts = collected.sampled, collected.rollouts
@@ -437,8 +463,9 @@ def _step(run: Run, step: int) -> dict[str, float]:
         if is_last or _is_due(step, config.checkpoint.every):
             with timer("checkpoint"):
                 _save(run, step)
-    if config.logging.rollouts:
-        run.sink.write_rollouts(step, rollout_rows(sampled, config.logging.rollouts))
+    shown = sampled.rewards.size if metrics["policy/nonfinite_updates"] else config.logging.rollouts
+    if shown:
+        run.sink.write_rollouts(step, rollout_rows(sampled, shown))
     seconds = timer.take()
     return {
         **metrics,

@@ -8,8 +8,9 @@ import sys
 import jax
 import pytest
 
-from rljax.aot import SLICES, Collective, Module, has_libtpu, tpu_devices
+from rljax.aot import SLICES, has_libtpu, tpu_devices
 from rljax.config import ConfigError
+from rljax.hlo import Collective, Module
 
 TEXT = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0:T(8,128)})->f32[8,16]{1,0:T(8,128)}}
@@ -25,10 +26,17 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0:
   ROOT %copy.9 = bf16[4,128]{0,1:T(8,128)(2,1)} copy(%p)
 }
 
+%all-reduce-scatter.1 (q: bf16[4,128]) -> bf16[1,128] {
+  %q = bf16[4,128]{1,0} parameter(0)
+  %whole.1 = bf16[4,128]{1,0} all-reduce(%q), replica_groups=[1,4]<=[4], to_apply=%add.1
+  ROOT %kept = bf16[1,128]{1,0} dynamic-slice(%whole.1, %at), dynamic_slice_sizes={1,128}
+}
+
 %inner_body (arg: (s32[], bf16[4,128])) -> (s32[], bf16[4,128]) {
   %arg = (s32[]{:T(128)}, bf16[4,128]{1,0:T(8,128)(2,1)}) parameter(0)
   %f = bf16[4,128]{0,1:T(8,128)(2,1)} fusion(%arg), kind=kLoop, calls=%fused
   %small = bf16[2,128]{1,0} copy(%f)
+  %part = bf16[1,128]{1,0} fusion(%f), kind=kCustom, calls=%all-reduce-scatter.1
   %ag = (bf16[1,128]{1,0}, bf16[4,128]{1,0}) all-gather-start(%f), channel_id=1, dimensions={0}
   %got = bf16[4,128]{1,0} all-gather-done(%ag)
   ROOT %t = (s32[]{:T(128)}, /*index=1*/bf16[4,128]{1,0}) tuple(%i, %got)
@@ -61,6 +69,7 @@ def test_collectives_are_counted_by_the_loops_they_are_in() -> None:
         Collective("all-reduce", loops=0, count=2, bytes=(2 * 8 * 16 + 2) * 4),
         Collective("all-reduce", loops=1, count=2, bytes=8 * 16 * 4 + 4),
         Collective("reduce-scatter", loops=0, count=1, bytes=2 * 16 * 4),
+        Collective("reduce-scatter", loops=2, count=1, bytes=128 * 2),
     )
 
 

@@ -11,7 +11,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rljax"
 
 LEVELS = [
     {"config"},
-    {"config_file", "jsonl", "types", "mesh", "hosts", "costs", "hardware", "metrics", "run_log", "tokenizer"},
+    {
+        "config_file",
+        "jsonl",
+        "types",
+        "mesh",
+        "hosts",
+        "costs",
+        "hardware",
+        "hlo",
+        "metrics",
+        "run_log",
+        "tokenizer",
+        "watchdog",
+    },
     {"models", "checkpoint"},
     {"data", "rewards", "sampling", "rl"},
     {"policy", "footprint"},

@@ -206,5 +206,6 @@ def apply_gradients(
         "policy/grad_norm": WeightedMean(jnp.where(finite, norm, 0.0), finite.astype(jnp.float32)),
         "policy/learning_rate": WeightedMean(rate, jnp.ones((), jnp.float32)),
         "policy/skipped_updates": Sum(skipped.astype(jnp.float32)),
+        "policy/nonfinite_updates": Sum((~finite).astype(jnp.float32)),
     }
     return TrainState(params, opt_state, state.updates + 1, state.skipped + skipped), metrics
