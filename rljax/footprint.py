@@ -1,8 +1,9 @@
 """What of a run lies in the memory of one device, part by part, by arithmetic: no array, no device, no compiler.
 
-A run holds the learner's state, the reference and the sampler's weights all the time (`resident`). Beside them come and
-go the arguments and temporaries of its programs (`program_bytes`): prompts are run (`prefill`) and completions drawn
-(`decode`) with their caches, rows are learnt from (`update`), and the sampler's weights made anew (`sync`).
+A run holds the learner's state and the reference all the time (`resident`). Beside them come and go the arguments and
+temporaries of its programs (`program_bytes`): the sampler's weights are made (`sync`), layer by layer; prompts are run
+(`prefill`) and completions drawn (`decode`) with their caches; and, the sampler's weights freed, rows are learnt from
+(`update`).
 
 Letters as in `config.Architecture`: L layers, D hidden_size, N query heads, K key-value heads, H head_dim, F mlp_size,
 V vocab_size.
@@ -78,6 +79,8 @@ def weights(arch: Architecture) -> list[Weight]:
     return found
 
 
+_OUTSIDE = ("embed", "final norm", "head")
+"""Of no layer."""
 MATRICES = ("q", "k and v", "o", "gate, up, down")
 """What Muon moves, with one moment each."""
 
@@ -239,9 +242,12 @@ def resident(setting: Setting) -> Parts:
         wide = config.algorithm.reference_update == "ema" or config.model.head_dtype == "float32"
         size = 4 if wide else BYTES[setting.compute_dtype]
         parts["reference"] = size * params_on_device(arch, mesh)
-    made = params_on_device(setting.sampler_arch, mesh, SAMPLER_RULES)
-    parts["sampler weights"] = BYTES[setting.compute_dtype] * made
     return parts
+
+
+def sampler_weights(setting: Setting) -> int:
+    """Bytes; held from one sync to the next update."""
+    return BYTES[setting.compute_dtype] * params_on_device(setting.sampler_arch, setting.mesh, SAMPLER_RULES)
 
 
 def train_state(setting: Setting) -> Parts:
@@ -266,14 +272,16 @@ def program_bytes(setting: Setting, program: Program, *, remat: str = "full", sh
     if program == "update":
         return train_state(setting) | update_work(setting, remat)
     if program == "sync":
+        layers = setting.arch.num_layers
+        size = BYTES[setting.compute_dtype]
         return {
-            "master weights": 4 * params_on_device(setting.arch, setting.mesh),
-            "sampler weights": resident(setting)["sampler weights"],
+            "master weights": 4 * layers * _layer_on_device(setting.arch, setting.mesh, LEARNER_RULES),
+            "sampler weights": size * _layer_on_device(setting.sampler_arch, setting.mesh, SAMPLER_RULES),
             "temporaries": sync_work(setting),
         }
     if shape is None:
         raise ValueError(f"{program} needs a shape: how many rows, lanes and slots each shard has")
-    held = {"sampler weights": resident(setting)["sampler weights"], "KV cache": cache_bytes(setting, shape)}
+    held = {"sampler weights": sampler_weights(setting), "KV cache": cache_bytes(setting, shape)}
     work = prefill_work(setting, shape) if program == "prefill" else decode_work(setting, shape)
     return held | {"temporaries": work}
 
@@ -298,8 +306,14 @@ def update_work(setting: Setting, remat: str) -> Parts:
 
 
 def sync_work(setting: Setting) -> int:
-    """Temporaries of a weight sync: the learner's shard as cast, before it is gathered."""
-    return BYTES[setting.compute_dtype] * params_on_device(setting.arch, setting.mesh)
+    """Temporaries of the weight sync of a layer: as it comes from the other devices, before it is fused."""
+    return BYTES[setting.compute_dtype] * _layer_on_device(setting.sampler_arch, setting.mesh, SAMPLER_RULES)
+
+
+def _layer_on_device(arch: Architecture, mesh: MeshConfig, rules: Rules) -> int:
+    """Parameters of one layer on each device."""
+    layers = [weight for weight in weights(arch) if weight.name not in _OUTSIDE]
+    return sum(weight.on_device(mesh, rules) for weight in layers) // arch.num_layers
 
 
 def cache_bytes(setting: Setting, shape: Shape) -> int:
@@ -342,7 +356,7 @@ class Footprint:
     shape: Shape
     """Decoded at most, per shard."""
     phases: dict[str, Parts]
-    """Of rollout, update and sync, all that is there then."""
+    """Of rollout, update and sync, all that is there then; a sync's when its last layer is made."""
 
     @property
     def peak(self) -> int:
@@ -368,17 +382,18 @@ def footprint(setting: Setting, usable: int) -> Footprint:
     """Of a run on devices with `usable` bytes each, as it would choose its rung of remat and the rows it decodes."""
     held = resident(setting)
     free = usable - sum(held.values())
+    sampler = {"sampler weights": sampler_weights(setting)}
     rungs = LADDER if setting.config.model.remat == "auto" else (setting.config.model.remat,)
     works = {rung: update_work(setting, rung) for rung in rungs}
     rung = next((rung for rung in rungs if sum(works[rung].values()) <= SHARE * free), rungs[-1])
-    shape = setting.decode_shape(free)
+    shape = setting.decode_shape(free - sampler["sampler weights"])
     rollout = {
         "KV cache": cache_bytes(setting, shape),
         "temporaries": max(decode_work(setting, shape), prefill_work(setting, shape)),
     }
     phases = {
-        "rollout": held | rollout,
+        "rollout": held | sampler | rollout,
         "update": held | works[rung],
-        "sync": held | {"temporaries": sync_work(setting)},
+        "sync": held | sampler | {"temporaries": sync_work(setting)},
     }
     return Footprint(usable, rung, shape, phases)

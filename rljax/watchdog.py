@@ -25,8 +25,8 @@ _TICK_SECONDS = 0.5
 class Watchdog:
     """Watches from a thread of its own that one phase follows the other. A context manager.
 
-    A phase may take `least_seconds`, or ten times as long as the longest of its name, whichever is more; the first of
-    a name twelve times `least_seconds`, for it compiles. Time in which this process was stopped as a whole, as by
+    A phase may take `least_seconds`, or ten times as long as the longest of its name, whichever is more. The first of a
+    name may take twelve times `least_seconds` and does not count as the longest, for it compiles. Time in which this process was stopped as a whole, as by
     Ctrl-Z, does not count.
 
     Args:
@@ -36,6 +36,7 @@ class Watchdog:
     def __init__(self, least_seconds: float) -> None:
         self._least = least_seconds
         self._longest: dict[str, float] = {}
+        """Seconds by name of those that have ended, without the first of each."""
         self._phase, self._ticks = "", 0
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -53,8 +54,9 @@ class Watchdog:
     def enter(self, phase: str) -> None:
         """`phase` begins, and what was before it has ended."""
         with self._lock:
+            longest = self._longest.get(self._phase)
             took = self._ticks * _TICK_SECONDS
-            self._longest[self._phase] = max(self._longest.get(self._phase, 0.0), took)
+            self._longest[self._phase] = 0.0 if longest is None else max(longest, took)
             self._phase, self._ticks = phase, 0
 
     def limit(self, phase: str) -> float:

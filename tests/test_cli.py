@@ -737,6 +737,20 @@ def test_a_run_keeps_the_remat_it_chose(place: Place, monkeypatch: pytest.Monkey
     assert yaml.safe_load((fresh / "config.yaml").read_text())["model"]["remat"] == "none"
 
 
+def test_a_run_that_learns_nothing_any_more_ends(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """One update blows the parameters up, and no gradient after it is finite."""
+    run = place.root / "not_finite"
+    flags = ["--optimizer.max_nonfinite_steps", "2", "--steps", "6", "--evaluation.data", "", "--checkpoint.every", "1"]
+    assert main([*place.train("--optimizer.learning_rate", "1e38"), *flags, "--run_dir", str(run)]) == 71
+    said = capsys.readouterr().err
+    rows = metrics_of(run)
+    last = len(rows)
+    assert f"no update of steps {last - 1} to {last} had a finite gradient" in said and "Traceback" not in said
+    assert 2 <= last < 6 and all(row["policy/nonfinite_updates"] >= 1 for row in rows[-2:])
+    kept = (run / "rollouts" / f"step_{last:06d}.jsonl").read_text().splitlines()
+    assert len(kept) > 1  # all of them, not those that are shown
+
+
 def test_a_run_killed_between_checkpoints_ends_the_same(unbroken: Path, place: Place) -> None:
     """As a kill after step 4 would leave it, before its checkpoint was complete: steps 3 and 4 are done again."""
     killed = Path(shutil.copytree(unbroken, place.root / "killed" / unbroken.name))

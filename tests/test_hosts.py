@@ -31,6 +31,7 @@ from rljax.mesh import AXES
 from rljax.policy import load_run
 from rljax.rewards.pool import Verdict
 from rljax.types import Rollouts, prompt_block
+from rljax.watchdog import STUCK
 
 pytestmark = pytest.mark.xdist_group("hosts")
 """Its runs are shared: in two workers they would be made twice."""
@@ -123,6 +124,10 @@ class Processes:
 
     def signal(self, index: int, number: int) -> None:
         self._all[index].send_signal(number)
+
+    def code(self, index: int) -> int:
+        """Of a process, once it has ended."""
+        return self._all[index].wait(TIMEOUT_SECONDS)
 
     def wait(self) -> Ended:
         """Until all have ended; those that do not are killed."""
@@ -346,6 +351,19 @@ def test_a_killed_process_takes_the_other_with_it(folder: Path) -> None:
     processes.signal(1, signal.SIGKILL)
     ended = processes.wait()
     assert ended.codes[1] == -signal.SIGKILL and ended.codes[0] not in (0, PREEMPTED, USAGE_ERROR), ended
+
+
+def test_a_process_that_waits_in_vain_is_ended(folder: Path) -> None:
+    """Another one stands still, as when its host is lost without a word: heartbeats take longer to tell."""
+    processes = train(folder / "stuck", 2, 2, watchdog_seconds=10)
+    processes.wait_for(0, f"step 2/{STEPS}")
+    processes.signal(1, signal.SIGSTOP)
+    try:
+        assert processes.code(0) == STUCK
+    finally:
+        processes.signal(1, signal.SIGKILL)
+        said = processes.wait().said[0]
+    assert "has taken more than" in said and "in _step" in said
 
 
 def test_processes_with_other_settings_are_no_run(folder: Path) -> None:

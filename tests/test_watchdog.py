@@ -39,6 +39,10 @@ def test_limits() -> None:
     watchdog = Watchdog(300)
     assert watchdog.limit("update") == 3600  # it compiles
     watchdog.enter("update")
+    watchdog._ticks = 2000
+    watchdog.enter("sync")
+    assert watchdog.limit("update") == 300  # the first says nothing of the next
+    watchdog.enter("update")
     watchdog._ticks = 20  # ten seconds
     watchdog.enter("sync")
     assert watchdog.limit("update") == 300 and watchdog.limit("sync") == 3600
