@@ -20,7 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: a TPU that is her
 from common import RESULTS, Line, append, line, run_fields, versions
 
 from rljax.aot import PROGRAMS, SLICES, Compiled, Job, compile_program, tpu_devices
-from rljax.config import ARCHITECTURES, MeshConfig, OptimizerConfig
+from rljax.config import ARCHITECTURES, AlgorithmConfig, MeshConfig, OptimizerConfig
 from rljax.mesh import make_mesh
 
 
@@ -34,6 +34,8 @@ class Case:
     tensor: int = 1
     completion_tokens: int = 4096
     moments: str = "float32"
+    microbatch_tokens: int = AlgorithmConfig.microbatch_tokens
+    """Most on each device."""
 
     @property
     def name(self) -> str:
@@ -43,7 +45,8 @@ class Case:
         mesh = make_mesh(MeshConfig(fsdp=self.fsdp, tensor=self.tensor), tpu_devices(self.slice))
         optimizer = OptimizerConfig(moments_dtype=self.moments)  # type: ignore[arg-type]
         arch = ARCHITECTURES[f"qwen2.5-{self.model}"]
-        return Job(arch, mesh, completion_tokens=self.completion_tokens, optimizer=optimizer)
+        algorithm = AlgorithmConfig(microbatch_tokens=self.microbatch_tokens)
+        return Job(arch, mesh, completion_tokens=self.completion_tokens, algorithm=algorithm, optimizer=optimizer)
 
     def fields(self, program: str) -> Line:
         """What identifies a line."""
@@ -55,13 +58,14 @@ class Case:
             "mesh": f"fsdp {self.fsdp} x tensor {self.tensor}",
             "lengths": f"2048 + {self.completion_tokens}",
             "moments": self.moments,
+            "microbatch_tokens": self.microbatch_tokens,
         }
 
 
 CASES = [
     Case("0.5b", "v5e-8", fsdp=8),
     Case("72b", "v5p-128", fsdp=16, tensor=4, completion_tokens=2048),
-    Case("72b", "v6e-64", fsdp=4, tensor=16, completion_tokens=2048, moments="bfloat16"),
+    Case("72b", "v6e-64", fsdp=4, tensor=16, completion_tokens=2048, moments="bfloat16", microbatch_tokens=4096),
     Case("7b", "v6e-8", fsdp=2, tensor=4),
     Case("7b", "v5e-16", fsdp=4, tensor=4),
     Case("32b", "v5p-32", fsdp=4, tensor=4),

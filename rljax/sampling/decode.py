@@ -273,6 +273,9 @@ def decode_chunk(
 ) -> tuple[DecodeState, Drawn]:
     """Draws up to `steps` more tokens per row.
 
+    Hidden slots of the suffix may hold anything, as of a row that was here before; values of hidden prompt slots are 0, as
+    `_prefill` leaves them: to write them once more for every chunk would take memory for half of that cache.
+
     Without `early_exit` the trip count is known when compiling: on a GPU an unknown one makes every step wait for the
     host. With it the loop ends when no row is live.
     """
@@ -280,7 +283,6 @@ def decode_chunk(
     in_prompt = jnp.arange(prefix.values[0].shape[2]) < prefix.lengths[:, None]
     seen = visible_slots(state.lengths - 1, state.slot - 1, slots)
     clean = dataclasses.replace(state.suffix, values=[without_hidden(v, seen) for v in state.suffix.values])
-    prefix = dataclasses.replace(prefix, values=[without_hidden(v, in_prompt) for v in prefix.values])
     # Looked up in the loop: computed there, XLA would do so again in each layer, and for each head.
     positions = jnp.arange(in_prompt.shape[1] + slots)
     angles = rope_tables(positions, arch.head_dim, arch.rope_theta)
