@@ -11,6 +11,7 @@ V vocab_size.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -208,6 +209,16 @@ class Setting:
         """Slots of a micro-batch on each device."""
         return self.rows.rows * self.rows.positions // self.row_shards
 
+    @property
+    def _slot_ladder(self) -> Sequence[int]:
+        """Lengths of the cache of completions, as it grows."""
+        sampling = self.config.sampling
+        return slot_ladder(self.max_tokens, sampling.chunk_tokens, sampling.cache_growth)
+
+    def first_shape(self, shape: Shape) -> Shape:
+        """`shape` when its prompts have been run."""
+        return dataclasses.replace(shape, slots=self._slot_ladder[0])
+
     def decode_shape(self, free: int) -> Shape:
         """Rows that the sampler decodes at once on each shard where `free` bytes are left, in the longest cache."""
         config, group = self.config, self.config.algorithm.group_size
@@ -222,7 +233,7 @@ class Setting:
                 samples_per_prompt=group,
                 tensor=self.mesh.tensor,
             )
-        slots = slot_ladder(self.max_tokens, config.sampling.chunk_tokens, config.sampling.cache_growth)[-1]
+        slots = self._slot_ladder[-1]
         prompts = -(-config.data.prompts_per_step // self.row_shards)
         if prompts * group <= rows:
             return Shape(prompts, group, slots)
@@ -281,9 +292,14 @@ def program_bytes(setting: Setting, program: Program, *, remat: str = "full", sh
         }
     if shape is None:
         raise ValueError(f"{program} needs a shape: how many rows, lanes and slots each shard has")
-    held = {"sampler weights": sampler_weights(setting), "KV cache": cache_bytes(setting, shape)}
-    work = prefill_work(setting, shape) if program == "prefill" else decode_work(setting, shape)
-    return held | {"temporaries": work}
+    held = {"sampler weights": sampler_weights(setting)}
+    if program == "decode":
+        return held | {"KV cache": cache_bytes(setting, shape), "temporaries": decode_work(setting, shape)}
+    cache = cache_bytes(setting, setting.first_shape(shape))
+    logits = _prefill_logits(setting, shape)
+    # The memory of the cache, which is its result, serves for the rest until it is written.
+    work = max(logits, prefill_work(setting, shape) - cache)
+    return held | {"KV cache": cache, "temporaries": work}
 
 
 def update_work(setting: Setting, remat: str) -> Parts:
@@ -330,8 +346,8 @@ def decode_work(setting: Setting, shape: Shape) -> int:
 
 
 def prefill_work(setting: Setting, shape: Shape) -> int:
-    """Temporaries of running the prompts of all lanes: one layer's activations of a piece of them, the logits of their
-    last tokens twice, and where there are several pieces the prompts' cache once more."""
+    """Temporaries of running the prompts of all lanes beside a cache that is in use: one layer's activations of a piece
+    of them, the logits of their last tokens twice, and where there are several pieces the prompts' cache once more."""
     arch, tensor, dtype, slots = setting.sampler_arch, setting.mesh.tensor, setting.compute_dtype, setting.prompt_slots
     prompts = shape.lanes if shape.width > 1 else -(-shape.lanes // setting.config.algorithm.group_size)
     piece = max(1, PREFILL_SCORES // (arch.num_heads * slots * slots))
@@ -340,7 +356,12 @@ def prefill_work(setting: Setting, shape: Shape) -> int:
     layer = kept_bytes_per_token(arch, dtype, "none", scores=scores, tensor=tensor)
     layer += 4 * BYTES[dtype] * arch.mlp_size // tensor
     again = prompts * slots * kv_bytes_per_token(arch, dtype) // tensor if count > 1 else 0
-    return prompts // count * slots * layer + 2 * 4 * shape.lanes * arch.vocab_size // tensor + again
+    return prompts // count * slots * layer + _prefill_logits(setting, shape) + again
+
+
+def _prefill_logits(setting: Setting, shape: Shape) -> int:
+    """Of the last tokens of the prompts, twice."""
+    return 2 * 4 * shape.lanes * setting.arch.vocab_size // setting.mesh.tensor
 
 
 # -------------------------------------------------------------------------------------------------------------- phases

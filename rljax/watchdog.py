@@ -26,8 +26,8 @@ class Watchdog:
     """Watches from a thread of its own that one phase follows the other. A context manager.
 
     A phase may take `least_seconds`, or ten times as long as the longest of its name, whichever is more. The first of a
-    name may take twelve times `least_seconds` and does not count as the longest, for it compiles. Time in which this process was stopped as a whole, as by
-    Ctrl-Z, does not count.
+    name may take twelve times `least_seconds` and does not count as the longest, for it compiles. Time in which this
+    process was stopped as a whole, as by Ctrl-Z, does not count.
 
     Args:
       least_seconds: 0: nothing is watched.

@@ -1,4 +1,4 @@
-"""Two, four and eight devices give what one gives: the same tokens, and one GRPO step within float32 rounding.
+"""Four devices give what one gives: the same tokens, and one GRPO step within float32 rounding.
 
 Devices are forced in a process of its own, since XLA reads the flag once.
 """
@@ -46,8 +46,8 @@ def run(mesh):
         long = sampler.generate(make_prompts([3 + 5 * i % 14 for i in range(96)]), 8, key=jax.random.key(7),
                                 max_completion_tokens=160)
         assert sampler.stats.reshapes >= 4, sampler.stats
-    rollouts = sampler.generate(make_prompts([5, 9, 3, 7, 12, 4, 8, 2] * 5, slots=16), 8, key=jax.random.key(1),
-                                temperature=1.0, max_completion_tokens=24)
+    rollouts = sampler.generate(make_prompts([5, 9, 3, 7, 12, 4], slots=16), 8, key=jax.random.key(1), temperature=1.0,
+                                max_completion_tokens=24)
     text = "".join(f.result().as_text() for key, f in sampler._programs._compiled.items() if key[0] in PROGRAMS)
     assert text
     gathered = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)]
@@ -56,7 +56,7 @@ def run(mesh):
                       AlgorithmConfig(updates_per_step=2, microbatch_tokens=256, reference_update="ema",
                                       reference_ema_decay=0.25), optimizer, Compute())
     learner.reference = reference_copy(params, "float32")
-    advantages = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    advantages = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
     metrics = learner.step(rollouts, advantages)
     learner.move_reference(1)
     moved = jax.tree.map(lambda to, leaf: to.is_equivalent_to(leaf.sharding, leaf.ndim), shardings, learner.reference)
@@ -75,7 +75,7 @@ def gradient(mesh, rollouts, loss):
                                 kl_coefficient=0.1, aggregation="seq_mean_token_mean")
     learner = Learner(fresh_state(params, state_shapes(shapes, optimizer, mesh), optimizer), params, TINY, mesh,
                       algorithm, optimizer, Compute())
-    learner.step(rollouts, np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))
+    learner.step(rollouts, np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))
     return jax.device_get(optax.tree_utils.tree_get(learner.state.opt_state, "mu"))
 
 def adapted(mesh, rollouts):
@@ -92,7 +92,7 @@ def adapted(mesh, rollouts):
     algorithm = AlgorithmConfig(updates_per_step=1, kl_coefficient=0, old_logprobs="behaviour", microbatch_tokens=256)
     learner = Learner(fresh_state(adapter, state_shapes(shapes, optimizer, mesh), optimizer), None, TINY, mesh,
                       algorithm, optimizer, Compute(lora_scale=lora.scale), base=base)
-    norm = learner.step(rollouts, np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))["policy/grad_norm"]
+    norm = learner.step(rollouts, np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))["policy/grad_norm"]
     sampler = Sampler(learner.params, TINY, mesh, stop_ids=(1,))
     return jax.device_get((learner.state.params, sampler._params)), norm.value()
 
@@ -102,9 +102,8 @@ gradients = {loss: gradient(alone, one[0], loss) for loss in ("clip", "gspo")}
 result = {}
 for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("tensor 4", MeshConfig(fsdp=1, tensor=4)),
                      ("data 2 x tensor 2", MeshConfig(data=2, fsdp=1, tensor=2)),
-                     ("data 2", MeshConfig(data=2, fsdp=1)),
-                     ("data 2 x fsdp 2 x tensor 2", MeshConfig(data=2, fsdp=2, tensor=2))):
-    devices = jax.devices()[: config.data * config.fsdp * config.tensor]
+                     ("data 2", MeshConfig(data=2, fsdp=1))):
+    devices = jax.devices()[: 2 if name == "data 2" else 4]
     many = run(make_mesh(config, devices))
     result[name] = {
         "tokens": int(one[0].lengths.sum()),
@@ -134,12 +133,12 @@ for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("tensor 4", MeshConfig(fsd
             "long_logprob": float(np.abs(one[4].behaviour_logprobs - many[4].behaviour_logprobs).max()),
         }
 (trees, norm), (other_trees, other_norm) = adapted(alone, one[0]), adapted(
-    make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]), one[0])
+    make_mesh(MeshConfig(fsdp=2, tensor=2)), one[0])
 result["adapter"] = {
     "params": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (trees, other_trees)), strict=True)),
     "grad_norm": abs(norm - other_norm) / norm,
 }
-(copied, _), copied_norm = adapted(make_mesh(MeshConfig(fsdp=1, tensor=4), jax.devices()[:4]), one[0])
+(copied, _), copied_norm = adapted(make_mesh(MeshConfig(fsdp=1, tensor=4)), one[0])
 result["adapter of copied heads"] = {
     "params": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (trees[0], copied)), strict=True)),
     "grad_norm": abs(norm - copied_norm) / norm,
@@ -153,30 +152,30 @@ def differences() -> dict[str, dict[str, float]]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
     }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(Path(__file__).parent)],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", ["fsdp 4", "tensor 4", "data 2 x tensor 2", "data 2", "data 2 x fsdp 2 x tensor 2"])
+@pytest.mark.parametrize("mesh", ["fsdp 4", "tensor 4", "data 2 x tensor 2", "data 2"])
 def test_many_devices_equal_one(differences: dict[str, dict[str, float]], mesh: str) -> None:
     """On "tensor 4" two devices share each of the two key/value heads."""
     difference = differences[mesh]
-    assert difference["tokens"] > 5000
+    assert difference["tokens"] > 800
     assert difference["different_tokens"] == 0
     if "tensor" not in mesh:  # whole rows on every device
         assert difference["long_tokens"] > 20_000 and difference["long_different"] == 0
         assert difference["long_logprob"] < 2e-6
     # Neither a cache, nor logits [rows, 40], nor activations [rows, 32] cross devices whole.
-    assert difference["biggest_gather"] < (320 if "tensor" in mesh else 576) * 32
+    assert difference["biggest_gather"] < (48 if "tensor" in mesh else 576) * 32
     assert difference["logprob"] < 2e-6
     assert difference["grad_norm"] < 2e-6
     assert difference["gradient of clip"] < 1e-6 and difference["gradient of gspo"] < 1e-6

@@ -45,7 +45,7 @@ def test_limits() -> None:
     watchdog.enter("update")
     watchdog._ticks = 20  # ten seconds
     watchdog.enter("sync")
-    assert watchdog.limit("update") == 300 and watchdog.limit("sync") == 3600
+    assert watchdog.limit("update") == 300 and watchdog.limit("sync") == 300
     watchdog.enter("update")
     watchdog._ticks = 200
     watchdog.enter("sync")

@@ -273,8 +273,8 @@ def decode_chunk(
 ) -> tuple[DecodeState, Drawn]:
     """Draws up to `steps` more tokens per row.
 
-    Hidden slots of the suffix may hold anything, as of a row that was here before; values of hidden prompt slots are 0, as
-    `_prefill` leaves them: to write them once more for every chunk would take memory for half of that cache.
+    Hidden slots of the suffix may hold anything, as of a row that was here before. Values of hidden prompt slots are
+    finite, as `_prefill` leaves them: to write 0 there for every chunk would take memory for half of that cache.
 
     Without `early_exit` the trip count is known when compiling: on a GPU an unknown one makes every step wait for the
     host. With it the loop ends when no row is live.
