@@ -381,7 +381,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code: 0, 64 for unusable input, 75 for a run that was told to stop and has
-    saved its step, 71 for one that learns nothing any more, 1 for anything else that failed."""
+    saved its step (this process ignores SIGTERM from then on), 71 for one that learns nothing any more, 1 for anything
+    else that failed."""
     code = _run(list(sys.argv[1:] if argv is None else argv))
     if code == PREEMPTED and threading.current_thread() is threading.main_thread():
         # All is saved. Python lets go of its handlers while it ends: a SIGTERM that comes late, as from a launcher that

@@ -78,5 +78,8 @@ def test_what_fits() -> None:
 
 
 def test_what_was_compiled_reuses_what_it_is_given() -> None:
-    for name, line in newest().items():
-        assert line["donation_aliases"], name
+    copying = {
+        line["case"]["model"] + " " + line["case"]["slice"] for line in newest().values() if line["cache_copies"]
+    }
+    assert all(line["donation_aliases"] for line in newest().values())
+    assert copying == {"3b v5e-8", "7b v5e-16"}  # their decode; not understood
