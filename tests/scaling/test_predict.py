@@ -77,9 +77,9 @@ def test_the_end_of_the_papers_72b_curve_is_missed_as_the_readme_says(shared_dat
     found = transfer(data, solution, bootstrap(data, solution), collect([large], "samples"), 10)
     assert found.final_interval is not None
     stated = (found.final_loss, *found.final_interval, found.measured)
-    assert stated == pytest.approx((0.403, 0.383, 0.420, 0.443), abs=6e-4)
+    assert stated == pytest.approx((0.403, 0.381, 0.425, 0.443), abs=6e-4)
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    assert "is put at 0.403 (0.383 to 0.420); the mean of its last ten points is 0.443" in " ".join(readme.split())
+    assert "is put at 0.403 (0.381 to 0.425); the mean of its last ten points is 0.443" in " ".join(readme.split())
 
 
 def test_a_law_that_holds_is_predicted() -> None:
