@@ -207,25 +207,28 @@ def weight_bytes(arch: Architecture, dtype: str) -> int:
 def kept_bytes_per_token(arch: Architecture, dtype: str, remat: str, *, scores: int, tensor: int = 1) -> int:
     """What the backward pass of one layer finds of each token, kept by the forward pass under this rung of remat.
 
-    In entries, those of the residual stream whole on each of `tensor` devices and the others split over them:
+    In entries, split over `tensor` devices, the residual stream by positions and the rest by columns, but for the
+    inputs of attention and MLP, which each of them has whole:
 
       full   D, the layer's input
       dots   2 D + N H + 2 K H + 2 F, what the matmuls give that the backward pass needs
-      none   6 D + 3 N H + 2 K H + 2 F + N, two of the D and N in float32 (norms, softmax); with query-key norms
-             2 (N + K) H more, half of them in float32; with a whole score matrix two `scores` N more, one in float32
+      none   6 D + 3 N H + 2 K H + 2 F + N, two of the D whole, two others and the N in float32 (norms, softmax); with
+             query-key norms 2 (N + K) H more, half of them in float32; with a whole score matrix two `scores` N more,
+             one in float32
 
     Args:
       scores: keys of each query whose scores are kept: the row length where the whole matrix is, else 0.
     """
     size, heads, kv = BYTES[dtype], arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     if remat == "full":
-        return size * arch.hidden_size
+        return size * arch.hidden_size // tensor
     if remat == "dots":
-        return size * 2 * arch.hidden_size + size * (heads + 2 * kv + 2 * arch.mlp_size) // tensor
-    split = size * (3 * heads + 2 * kv + 2 * arch.mlp_size) + 4 * arch.num_heads
+        return size * (2 * arch.hidden_size + heads + 2 * kv + 2 * arch.mlp_size) // tensor
+    split = (2 * size + 2 * 4) * arch.hidden_size
+    split += size * (3 * heads + 2 * kv + 2 * arch.mlp_size) + 4 * arch.num_heads
     split += arch.qk_norm * (size + 4) * (heads + kv)
     split += (size + 4) * scores * arch.num_heads
-    return (4 * size + 2 * 4) * arch.hidden_size + split // tensor
+    return 2 * size * arch.hidden_size + split // tensor
 
 
 def update_parts(

@@ -79,9 +79,22 @@ def test_an_update_gathers_each_matrix_for_both_passes(counted: dict) -> None:
     """Seven matrices a layer, forward and backward; gradients are added up once a layer."""
     fsdp = counted[f"{FSDP} update"]
     assert fsdp["all-gather", 1][0] == 2 * 7 and fsdp["all-reduce", 1][0] == 1
-    mixed = counted[f"{MIXED} update"]
-    assert mixed["all-gather", 2][0] == 2 * 7
+    # And the residual stream, as on a mesh of tensor alone.
+    assert counted[f"{MIXED} update"]["all-gather", 2][0] == 2 * 7 + 4
+
+
+def test_an_update_joins_the_positions_once_for_all_that_take_them(counted: dict) -> None:
+    """In each layer before attention and MLP, and their cotangents; outside, before the loss head and the embedding's
+    gradient. No more than the residual stream is gathered: neither a weight nor the table."""
     tensor = counted[f"{TENSOR} update"]
-    # Of the loops over layers, forward and backward, and what is inside them.
-    assert tensor["all-reduce", 2][0] == 5
-    assert not any(kind in ("all-gather", "reduce-scatter") for kind, _ in tensor)
+    assert tensor["all-gather", 2][0] == 4 and tensor["all-gather", 1][0] == 2
+    stream = tensor["all-gather", 2][1] // 4
+    assert tensor["all-gather", 1][1] == 2 * stream
+    # Of the loops over layers, forward and backward, and what is inside them: the sums behind attention and MLP, those
+    # of their cotangents in two, and of norms and the chunks of the head.
+    assert tensor["all-reduce", 2][0] == 6
+    assert not any(kind in ("reduce-scatter", "all-to-all", "collective-permute") for kind, _ in tensor)
+
+
+def test_rows_and_columns_split_at_once_exchange_no_activations(counted: dict) -> None:
+    assert not any(kind in ("all-to-all", "reduce-scatter") for kind, _ in counted[f"{MIXED} update"])

@@ -277,19 +277,67 @@ def swiglu(weights: Weights, x: jax.Array) -> jax.Array:
     return jax.checkpoint(back, prevent_cse=False)(linear(weights, "gate", x), linear(weights, "up", x))
 
 
+@jax.custom_vjp
+def split_positions(x: jax.Array) -> jax.Array:
+    """`x` [B, T, D] with its positions split over `tensor` on the mesh entered, if they divide.
+
+    So the learner's residual stream lies between a layer's matrices, where nothing mixes positions: what the backward
+    pass keeps of it is split, too, and adding up what the devices have of a product and copying the sum to all of them
+    are the two halves of one all-reduce (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
+    """
+    return _laid_out(x, "tensor")
+
+
+@jax.custom_vjp
+def join_positions(x: jax.Array) -> jax.Array:
+    """The inverse: all positions of `x` [B, T, D] on each device of `tensor`, once for all matrices that take it."""
+    return _laid_out(x, None)
+
+
+def whole_positions(x: jax.Array) -> jax.Array:
+    """`x` [B, T, D] not split over `tensor`, nor its cotangent: of an embedding, whose table is split there."""
+    return _laid_out(x, None)
+
+
+def _laid_out(x: jax.Array, axis: str | None) -> jax.Array:
+    shards = tensor_shards()
+    if shards == 1 or x.shape[1] % shards:
+        return x
+    anyhow = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(anyhow, axis, anyhow))
+
+
+# Each is the other's transpose. A constraint's own would be itself, and the products of the backward pass would each
+# gather their cotangent anew.
+split_positions.defvjp(lambda x: (split_positions(x), None), lambda _, pull: (join_positions(pull),))
+join_positions.defvjp(lambda x: (join_positions(x), None), lambda _, pull: (split_positions(pull),))
+
+
+def _unchanged(x: jax.Array) -> jax.Array:
+    return x
+
+
 def decoder_block(
-    weights: Weights, arch: Architecture, x: jax.Array, rope: Rope, attend: Callable[..., tuple[jax.Array, Any]]
+    weights: Weights,
+    arch: Architecture,
+    x: jax.Array,
+    rope: Rope,
+    attend: Callable[..., tuple[jax.Array, Any]],
+    *,
+    split_residual: bool = False,
 ) -> tuple[jax.Array, Any]:
     """One pre-norm layer: `x` [..., D] -> ([..., D], what `attend` keeps).
 
-    `attend(q, k, v)` returns the context [..., N, H] and anything it wants carried on, such as a cache.
+    `attend(q, k, v)` returns the context [..., N, H] and anything it wants carried on, such as a cache. With
+    `split_residual` `x` is [B, T, D] and lies as `split_positions` has it, and so does the result.
     """
+    split, join = (split_positions, join_positions) if split_residual else (_unchanged, _unchanged)
     with jax.named_scope("attention"):
-        q, k, v = project_qkv(weights, arch, rms_norm(x, weights["attn_norm"], arch.rms_norm_eps))
+        q, k, v = project_qkv(weights, arch, join(rms_norm(x, weights["attn_norm"], arch.rms_norm_eps)))
         if arch.qk_norm:
             q = rms_norm(q, weights["q_norm"], arch.rms_norm_eps)
             k = rms_norm(k, weights["k_norm"], arch.rms_norm_eps)
         context, kept = attend(apply_rope(q, rope), apply_rope(k, rope), v)
-        x = x + project_out(weights, context)
+        x = x + split(project_out(weights, context))
     with jax.named_scope("mlp"):
-        return x + swiglu(weights, rms_norm(x, weights["mlp_norm"], arch.rms_norm_eps)), kept
+        return x + split(swiglu(weights, join(rms_norm(x, weights["mlp_norm"], arch.rms_norm_eps)))), kept

@@ -30,9 +30,12 @@ from rljax.models.layers import (
     copy_kv_heads,
     decoder_block,
     dot_to_float32,
+    join_positions,
     merge_adapters,
     rms_norm,
     rope_tables,
+    split_positions,
+    whole_positions,
     with_a_kv_head_each,
 )
 
@@ -83,7 +86,7 @@ class Block(nn.Module):
             return attention(q, k, v, layout), None
 
         spread = with_a_kv_head_each(a, tensor_shards())
-        return decoder_block(copy_kv_heads(weights, spread), spread, x, rope, attend)
+        return decoder_block(copy_kv_heads(weights, spread), spread, x, rope, attend, split_residual=True)
 
 
 def _initializer(name: str, axes: tuple[str, ...]):
@@ -112,7 +115,7 @@ class Decoder(nn.Module):
         embed: Any = self.param("embed", vocab, (a.vocab_size, a.hidden_size))
         if not a.tied_embeddings:
             self.param("head", _initializer("head", ("embed", "vocab")), (a.hidden_size, a.vocab_size))
-        x = embed.astype(self.compute_dtype)[tokens]
+        x = split_positions(whole_positions(embed.astype(self.compute_dtype)[tokens]))
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -125,6 +128,7 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = layers(a, name="layers")(x, rope_tables(positions, a.head_dim, a.rope_theta), layout)
+        x = join_positions(x)
         scale: Any = self.param("final_norm", _initializer("final_norm", ("norm",)), (a.hidden_size,))
         return rms_norm(x.astype(self.head_dtype or self.compute_dtype), scale, a.rms_norm_eps)
 
