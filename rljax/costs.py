@@ -204,7 +204,9 @@ def weight_bytes(arch: Architecture, dtype: str) -> int:
     return num_params(arch) * BYTES[dtype]
 
 
-def kept_bytes_per_token(arch: Architecture, dtype: str, remat: str, *, scores: int, tensor: int = 1) -> int:
+def kept_bytes_per_token(
+    arch: Architecture, dtype: str, remat: str, *, scores: int, tensor: int = 1, split_residual: bool = True
+) -> int:
     """What the backward pass of one layer finds of each token, kept by the forward pass under this rung of remat.
 
     In entries, split over `tensor` devices, the residual stream by positions and the rest by columns, but for the
@@ -218,17 +220,21 @@ def kept_bytes_per_token(arch: Architecture, dtype: str, remat: str, *, scores: 
 
     Args:
       scores: keys of each query whose scores are kept: the row length where the whole matrix is, else 0.
+      split_residual: as of `layers.decoder_block`; False: each device has the whole residual stream.
     """
-    size, heads, kv = BYTES[dtype], arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    size, width = BYTES[dtype], arch.hidden_size
+    heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     if remat == "full":
-        return size * arch.hidden_size // tensor
-    if remat == "dots":
-        return size * (2 * arch.hidden_size + heads + 2 * kv + 2 * arch.mlp_size) // tensor
-    split = (2 * size + 2 * 4) * arch.hidden_size
-    split += size * (3 * heads + 2 * kv + 2 * arch.mlp_size) + 4 * arch.num_heads
-    split += arch.qk_norm * (size + 4) * (heads + kv)
-    split += (size + 4) * scores * arch.num_heads
-    return 2 * size * arch.hidden_size + split // tensor
+        split, stream = 0, size * width
+    elif remat == "dots":
+        split, stream = size * (heads + 2 * kv + 2 * arch.mlp_size), 2 * size * width
+    else:
+        split = size * (3 * heads + 2 * kv + 2 * arch.mlp_size) + 4 * arch.num_heads
+        split += arch.qk_norm * (size + 4) * (heads + kv)
+        split += (size + 4) * scores * arch.num_heads
+        stream = (2 * size + 2 * 4) * width
+    whole = 2 * size * width if remat == "none" else 0
+    return whole + stream // (tensor if split_residual else 1) + split // tensor
 
 
 def update_parts(
@@ -247,7 +253,8 @@ def update_parts(
 
       gradients    float32, summed so far
       temporaries  twice that again, a micro-batch's and copies in other layouts; one layer's weights, gathered and
-                   cast, of "none" all layers' as cast
+                   cast; and all layers' as cast, of "none" and where columns are split (the TPU compiler does it then
+                   once for all micro-batches)
       activations  what the layers keep, and one layer's once more, which is recomputed or being differentiated
       embedding    its gradient and its table as computed with, in whole rows
       loss head    its gradient, its weights as computed with, two chunks of logits
@@ -265,7 +272,7 @@ def update_parts(
     again += 4 * BYTES[dtype] * arch.mlp_size // tensor  # of the gate and what it is multiplied with, not kept
     temporaries = 2 * 4 * trained_params // shards
     temporaries += matmul_params(arch) // arch.num_layers * BYTES[dtype] // tensor
-    if remat == "none" and dtype != "float32":  # layers that are not computed again keep their weights as cast
+    if dtype != "float32" and (remat == "none" or tensor > 1):
         temporaries += matmul_params(arch) * BYTES[dtype] // shards
     return {
         "gradients": 4 * trained_params // shards,

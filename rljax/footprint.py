@@ -353,7 +353,7 @@ def prefill_work(setting: Setting, shape: Shape) -> int:
     piece = max(1, PREFILL_SCORES // (arch.num_heads * slots * slots))
     count = next(n for n in range(-(-prompts // piece), prompts + 1) if prompts % n == 0)
     scores = slots if slots <= DENSE_UP_TO else 0
-    layer = kept_bytes_per_token(arch, dtype, "none", scores=scores, tensor=tensor)
+    layer = kept_bytes_per_token(arch, dtype, "none", scores=scores, tensor=tensor, split_residual=False)
     layer += 4 * BYTES[dtype] * arch.mlp_size // tensor
     again = prompts * slots * kv_bytes_per_token(arch, dtype) // tensor if count > 1 else 0
     return prompts // count * slots * layer + _prefill_logits(setting, shape) + again

@@ -1,5 +1,7 @@
 """Costs against counts from published tables and against values worked by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -96,9 +98,11 @@ def test_kept_activations_by_hand():
     none = 2 * (16 + 12 + 4 + 6) + 4 * (8 + 2)
     assert costs.kept_bytes_per_token(SMALL, "bfloat16", "none", scores=0) == none
     assert costs.kept_bytes_per_token(SMALL, "bfloat16", "none", scores=7) == none + (2 + 4) * 7 * 2
-    # What is split over two devices is all but the residual stream.
-    assert costs.kept_bytes_per_token(SMALL, "bfloat16", "none", scores=0, tensor=2) == 64 + (none - 64) // 2
-    assert costs.kept_bytes_per_token(SMALL, "bfloat16", "dots", scores=0, tensor=2) == 2 * (8 + 7)
+    # What is split over two devices is all but what attention and MLP take, or all but the residual stream.
+    kept = partial(costs.kept_bytes_per_token, SMALL, "bfloat16", scores=0, tensor=2)
+    assert kept("full") == 2 * 2 and kept("full", split_residual=False) == 2 * 4
+    assert kept("dots") == 2 * (4 + 7) and kept("dots", split_residual=False) == 2 * (8 + 7)
+    assert kept("none") == 16 + (none - 16) // 2 and kept("none", split_residual=False) == 64 + (none - 64) // 2
 
 
 def test_update_flops_by_hand():
