@@ -47,13 +47,7 @@ def setting(case: dict[str, Any]) -> Setting:
     return Setting(config, ARCHITECTURES[name], MeshConfig(1, fsdp, tensor))
 
 
-TOO_LOW = {
-    ("14b", "v6e-16", "update"): 0.16,
-    ("32b", "v5p-32", "update"): 0.17,
-    ("72b", "v6e-64", "update"): 0.26,
-}
-"""Rows for which the plan is further off, below the compiler in all of them. Not understood."""
-REFUSED = {("3b", "v5e-8"), ("7b", "v5e-16"), ("14b", "v6e-16"), ("72b", "v6e-64")}
+REFUSED = {("7b", "v5e-16")}
 """Rows whose update takes more memory than there is."""
 
 
@@ -65,12 +59,11 @@ def test_the_plan_is_within_15_percent_of_the_compiler(line: dict[str, Any]) -> 
     planned = program_bytes(one, case["program"], remat=memory.remat, shape=memory.shape)
     compiled = line["argument_gib"] + line["output_gib"] + line["temporary_gib"] - line["alias_gib"]
     in_gib = {part: round(size / 2**30, 3) for part, size in planned.items()}
-    allowed = TOO_LOW.get((case["model"], case["slice"], case["program"]), 0.15)
-    assert sum(planned.values()) / 2**30 == pytest.approx(compiled, rel=allowed), (in_gib, case["batch"])
+    assert sum(planned.values()) / 2**30 == pytest.approx(compiled, rel=0.15), (in_gib, case["batch"])
 
 
 def test_what_fits() -> None:
-    """All four programs of every size on every slice of the table, but for some updates."""
+    """All four programs of every size on every slice of the table, but for one update."""
     lines = [line["case"] for line in newest().values()]
     assert {case["model"] for case in lines} == set(SIZES) and len(lines) == 40
     assert {(case["model"], case["slice"]) for case in lines if not case["fits"]} == REFUSED
