@@ -96,5 +96,5 @@ def test_an_update_joins_the_positions_once_for_all_that_take_them(counted: dict
     assert not any(kind in ("reduce-scatter", "all-to-all", "collective-permute") for kind, _ in tensor)
 
 
-def test_rows_and_columns_split_at_once_exchange_no_activations(counted: dict) -> None:
+def test_rows_and_columns_split_at_once_need_no_all_to_all(counted: dict) -> None:
     assert not any(kind in ("all-to-all", "reduce-scatter") for kind, _ in counted[f"{MIXED} update"])
