@@ -225,15 +225,14 @@ def kept_bytes_per_token(
     size, width = BYTES[dtype], arch.hidden_size
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     if remat == "full":
-        split, stream = 0, size * width
+        whole, stream, split = 0, size * width, 0
     elif remat == "dots":
-        split, stream = size * (heads + 2 * kv + 2 * arch.mlp_size), 2 * size * width
+        whole, stream, split = 0, 2 * size * width, size * (heads + 2 * kv + 2 * arch.mlp_size)
     else:
         split = size * (3 * heads + 2 * kv + 2 * arch.mlp_size) + 4 * arch.num_heads
         split += arch.qk_norm * (size + 4) * (heads + kv)
         split += (size + 4) * scores * arch.num_heads
-        stream = (2 * size + 2 * 4) * width
-    whole = 2 * size * width if remat == "none" else 0
+        whole, stream = 2 * size * width, (2 * size + 2 * 4) * width
     return whole + stream // (tensor if split_residual else 1) + split // tensor
 
 

@@ -283,7 +283,8 @@ def split_positions(x: jax.Array) -> jax.Array:
 
     So the learner's residual stream lies between a layer's matrices, where nothing mixes positions: what the backward
     pass keeps of it is split, too, and adding up what the devices have of a product and copying the sum to all of them
-    are the two halves of one all-reduce (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
+    are the two halves of one all-reduce (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198). The TPU
+    compiler leaves some of those sums whole, which costs bytes: collectives in benchmarks/results/aot.jsonl.
     """
     return _laid_out(x, "tensor")
 
