@@ -6,13 +6,17 @@
 `coverage`: curves of the paper's ladder, steps and noise from a known law (k_max .14, N0 13e9), fitted, bootstrapped;
 how often do 95 % intervals hold the truth for k_max, N0 and the law's loss at four times the measured range? `--noise
 white`: independent steps; `red`: autocorrelated, .5 from step to step, of the same size; `runs`: three runs of each
-size, each with an offset of its own of half the noise, drawn as runs. `time`: seconds of the paper's law on 735 points
-and of 1,000 draws. `forecast`: on the paper's own curves, from the first part of each, how often does the 95 % interval
+size, each with an offset of its own of half the noise, drawn as runs. `time`: seconds of the paper's law on 735 points,
+of 1,000 draws, and of the command `rljax report` on tables of curves, that of the ladder trained here and, where it is
+there, the paper's. `forecast`: on the paper's own curves, from the first part of each, how often does the 95 % interval
 hold the evaluations of its end? Lines go to benchmarks/results/fits.jsonl (format: README.md).
 """
 
 import argparse
+import functools
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,6 +38,7 @@ STEPS = np.arange(1, 106)
 FAR = np.array([np.log10(4 * STEPS[-1] * 512.0)])
 TRUTH = {"k_max": 0.14, "n0": float(np.log10(13e9)), "extrapolated_loss": float(paper_law(72e9, 10 ** FAR[0]))}
 CURVES = ROOT.parent / "shared" / "data" / "paper_curves"
+LADDER = RESULTS / "scaling" / "curves.csv"
 
 
 # ------------------------------------------------------------------------------------------------------------ coverage
@@ -79,7 +84,7 @@ def coverage(kind: str, trials: int, draws: int, first: int) -> Iterable[tuple[L
 
 
 def times(repeats: int) -> Iterable[tuple[Line, str, str, list[float]]]:
-    """Seconds of a fit of 735 points and of 1,000 draws, SciPy loaded."""
+    """Seconds of a fit of 735 points and of 1,000 draws, SciPy loaded; and of reports, whole commands."""
     data = collect(noisy(np.random.default_rng(0), "white"), "samples")
     assert len(data.loss) == 735
     solve(data, KN)
@@ -98,6 +103,15 @@ def times(repeats: int) -> Iterable[tuple[Line, str, str, list[float]]]:
         "s",
         [seconds(lambda: bootstrap(data, solution, draws=1000)) for _ in range(3)],
     )
+    for name, table in (("ladder", LADDER), ("paper", CURVES / "holdout.csv")):
+        if table.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-m", "rljax.cli", "report", str(table), "--output", folder]
+                run = functools.partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+                took = [seconds(run) for _ in range(3)]
+                figures = len(list(Path(folder, "figures").glob("*.png")))
+            rows = len(table.read_text().splitlines()) - 1
+            yield {"part": "time", "curves": name, "rows": rows, "figures": figures}, "report", "s", took
 
 
 # ------------------------------------------------------------------------------------------------------------ forecast

@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("devices")
-"""What is compared is made once: in two workers it would be twice."""
+TIMEOUT_SECONDS = 1500
+"""Of all programs, whose compiling alone takes minutes on two slow cores."""
+
+pytestmark = [
+    # What is compared is made once: in two workers it would be twice.
+    pytest.mark.xdist_group("devices"),
+    pytest.mark.timeout(TIMEOUT_SECONDS + 60),
+]
 
 SCRIPT = r"""
 import dataclasses, json, math, re, sys
@@ -159,7 +165,7 @@ def differences() -> dict[str, dict[str, float]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=TIMEOUT_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

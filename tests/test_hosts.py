@@ -145,10 +145,24 @@ class Processes:
         assert ended.codes == [0] * len(ended.codes), "\n\n".join(said[-3000:] for said in ended.said)
 
 
-def train(run: Path, count: int, devices: int, *, each: Sequence[Mapping[str, Any]] = (), **settings: Any) -> Processes:
+RLJAX = ("-m", "rljax.cli")
+UNHEARD = ("-c", "from rljax import cli, hosts; hosts._HEARTBEAT_SECONDS = 1000; raise SystemExit(cli.main())")
+"""The same, where heartbeats say nothing: on a slow machine a watchdog is slower than they are."""
+
+
+def train(
+    run: Path,
+    count: int,
+    devices: int,
+    *,
+    rljax: Sequence[str] = RLJAX,
+    each: Sequence[Mapping[str, Any]] = (),
+    **settings: Any,
+) -> Processes:
     """`rljax train`, in one run if `count` is more than 1.
 
     Args:
+      rljax: arguments of Python that make it the command `rljax`.
       each: settings of each process, by their dotted names.
       settings: of all, as `checkpoint__every`.
     """
@@ -157,7 +171,7 @@ def train(run: Path, count: int, devices: int, *, each: Sequence[Mapping[str, An
     commands = []
     for own in each or [{}] * count:
         flags = [f"--{name}={value}" for name, value in (given | dict(own)).items()]
-        commands.append(["-m", "rljax.cli", "train", *flags])
+        commands.append([*rljax, "train", *flags])
     return Processes(run, devices, commands)
 
 
@@ -354,8 +368,8 @@ def test_a_killed_process_takes_the_other_with_it(folder: Path) -> None:
 
 
 def test_a_process_that_waits_in_vain_is_ended(folder: Path) -> None:
-    """Another one stands still, as when its host is lost without a word: heartbeats take longer to tell."""
-    processes = train(folder / "stuck", 2, 2, watchdog_seconds=10)
+    """Another one stands still, as when its host is lost without a word."""
+    processes = train(folder / "stuck", 2, 2, rljax=UNHEARD, watchdog_seconds=10)
     processes.wait_for(0, f"step 2/{STEPS}")
     processes.signal(1, signal.SIGSTOP)
     try:

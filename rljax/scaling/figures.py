@@ -115,8 +115,9 @@ def write_figures(
         size = (6.0, 4.0) if columns == 1 else (12.0, max(4.0, 3.0 * rows))
         with plot.figure(size, rows, columns) as (drawn, axes):
             one.draw(axes)
-            if axes.flat[0].get_legend() is None:
-                drawn.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+            names = axes.flat[0].get_legend_handles_labels()
+            if axes.flat[0].get_legend() is None and names[0]:
+                drawn.legend(*names, loc="outside lower center", ncols=8)
             files += plot.save(drawn, folder, name)
     return files
 
