@@ -2,7 +2,9 @@
 
 Every process runs the same program on the same prompts. Arrays of the learner span all of their devices; each samples
 and scores its own block of the prompts on its own devices, and `exchange` brings the results together, so that all go
-on with the same numbers. Only process 0 writes files, but for checkpoints, which all write together.
+on with the same numbers. Processes whose devices split the same layers (`sampling_mesh`) decode their blocks together,
+in lockstep: each asks for the same programs in the same order, and reads all that they draw. Only process 0 writes
+files, but for checkpoints, which all write together.
 """
 
 import os
@@ -14,9 +16,10 @@ from types import FrameType
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rljax.config import PREEMPTED, ConfigError
 
@@ -108,31 +111,54 @@ def devices_by_process() -> list[Any]:
     return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
 
 
-def local_mesh(mesh: Mesh) -> Mesh:
-    """`mesh` where all of it is of this process; else this process's part, whose rows are its own.
-
-    Raises:
-      ConfigError: its tensor axis holds devices of more than one process.
-    """
-    if set(jax.devices()).isdisjoint(mesh.devices.flat):  # a slice that is only compiled for (`rljax/aot.py`)
-        return mesh
+def sampling_mesh(mesh: Mesh) -> Mesh:
+    """The part of `mesh` that this process decodes on, a row a tensor group: those that hold a device of its own or of
+    a process it shares such a group with. Where no group has devices of several processes, its own devices."""
     groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    mine = np.array([[device.process_index == jax.process_index() for device in group] for group in groups])
-    if mine.all():
+    members = [{device.process_index for device in group} for group in groups]
+    together: set[int] = set()
+    found = {jax.process_index()}
+    while found != together:
+        together = found
+        found = together.union(*(group for group in members if group & together))
+    here = [bool(group & together) for group in members]
+    if all(here) or _is_elsewhere(mesh):
         return mesh
-    if (mine.any(axis=1) != mine.all(axis=1)).any():
-        raise ConfigError(
-            f"mesh.tensor = {mesh.shape['tensor']} takes devices of several processes, which have "
-            f"{jax.local_device_count()} each, and every process samples on devices of its own; set mesh.tensor to a "
-            f"divisor of {jax.local_device_count()}, and mesh.fsdp to what is left"
-        )
-    own = groups[mine.all(axis=1)]
-    return Mesh(own.reshape(1, *own.shape), mesh.axis_names, axis_types=mesh.axis_types)
+    return Mesh(groups[here][None], mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def processes_of(mesh: Mesh) -> tuple[int, ...]:
+    """Those with devices in `mesh`, in their order."""
+    if _is_elsewhere(mesh):
+        return (jax.process_index(),)
+    return tuple(sorted({device.process_index for device in mesh.devices.flat}))
+
+
+def _is_elsewhere(mesh: Mesh) -> bool:
+    """Of a slice that is only compiled for (`rljax/aot.py`)."""
+    return set(jax.devices()).isdisjoint(mesh.devices.flat)
+
+
+def readable(sharding: NamedSharding) -> NamedSharding:
+    """`sharding` where all of its devices are this process's; else the whole array on each, for every process to
+    read."""
+    mesh = sharding.mesh
+    assert isinstance(mesh, Mesh)
+    return sharding if len(processes_of(mesh)) == 1 else NamedSharding(mesh, PartitionSpec())
+
+
+def least(count: int, mesh: Mesh) -> int:
+    """The least `count`, below 2^31, that a process of `mesh` gives; all of them call it together."""
+    if len(processes_of(mesh)) == 1:
+        return count
+    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    counts = jax.make_array_from_callback((mesh.size,), each, lambda _: np.full(1, count, np.int32))
+    return int(jax.jit(jnp.min, out_shardings=NamedSharding(mesh, PartitionSpec()))(counts))
 
 
 def local_part(tree: Any, mesh: Mesh) -> Any:
-    """`tree` of arrays that are the same on every process, as arrays on its own `mesh` (`local_mesh`); nothing is
-    copied."""
+    """`tree` of arrays that are the same on every row of their mesh, as arrays on the rows that `mesh` has of it
+    (`sampling_mesh`); nothing is copied."""
 
     def part(array: jax.Array) -> jax.Array:
         assert isinstance(array.sharding, NamedSharding)
@@ -150,6 +176,7 @@ def to_devices(tree: Any, sharding: Sharding) -> Any:
     def put(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array):
             return jax.device_put(leaf, sharding)
+        leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(put, tree)
@@ -169,9 +196,9 @@ _MOST_BYTES = 1 << 28
 """Gathered at once, all processes together: every device holds that much for a moment."""
 
 
-def own_block(count: int) -> slice:
-    """This process's of `count` rows: blocks in the order of the processes, as equal as can be."""
-    process, processes = jax.process_index(), jax.process_count()
+def block_of(process: int, count: int) -> slice:
+    """Of `count` rows those of a process: blocks in the order of the processes, as equal as can be."""
+    processes = jax.process_count()
     return slice(process * count // processes, (process + 1) * count // processes)
 
 

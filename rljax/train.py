@@ -411,7 +411,7 @@ def _collect(run: Run, timer: PhaseTimer) -> Collected:
             )
         with timer("reward"):  # what is left of it: groups are scored while others are being decoded
             parts.append(sampling.wait())
-        stats.extend(_stats_of_all(run.sampler.stats))
+        stats.extend(_stats_of_all(run.sampler))
         found += int(has_spread(parts[-1].rewards, _judged(run, parts[-1])).sum())
     sampled = parts[0] if len(parts) == 1 else join_scored(parts)
     judged = _judged(run, sampled)
@@ -428,10 +428,11 @@ def _collect(run: Run, timer: PhaseTimer) -> Collected:
     return Collected(sampled, rollouts, sampled.rewards[places], judged[places], stats, metrics)
 
 
-def _stats_of_all(stats: Stats) -> list[Stats]:
-    """Those of every process, the shapes decoded in left out."""
-    counts = {name: count for name, count in vars(stats).items() if name != "shapes"}
-    return [Stats(**json.loads(each)) for each in exchange(json.dumps(counts).encode())]
+def _stats_of_all(sampler: Sampler) -> list[Stats]:
+    """Those of every process, the shapes decoded in left out; of processes in lockstep the first one's."""
+    counts = {name: count for name, count in vars(sampler.stats).items() if name != "shapes"}
+    tells = jax.process_index() == sampler.processes[0]
+    return [Stats(**json.loads(each)) for each in exchange(json.dumps(counts).encode() if tells else b"") if each]
 
 
 def _judged(run: Run, scored: Scored) -> np.ndarray:

@@ -72,18 +72,22 @@ def prompt_block(prompts: Prompts, block: slice) -> Prompts:
     return Prompts(prompts.tokens[block], prompts.lengths[block], prompts.positions[block], prompts.records[block])
 
 
-def select_prompts(rollouts: Rollouts, places: Sequence[int] | np.ndarray) -> Rollouts:
-    """The rollouts of the prompts at `places`, copied."""
-    prompts, places = rollouts.prompts, np.asarray(places)
-    rows = (places[:, None] * rollouts.group_size + np.arange(rollouts.group_size)).reshape(-1)
-    kept = Prompts(
+def prompts_at(prompts: Prompts, places: np.ndarray) -> Prompts:
+    """The prompts at `places`, perhaps none, copied."""
+    return Prompts(
         tokens=prompts.tokens[places],
         lengths=prompts.lengths[places],
         positions=prompts.positions[places],
         records=tuple(prompts.records[place] for place in places),
     )
+
+
+def select_prompts(rollouts: Rollouts, places: Sequence[int] | np.ndarray) -> Rollouts:
+    """The rollouts of the prompts at `places`, copied."""
+    places = np.asarray(places)
+    rows = (places[:, None] * rollouts.group_size + np.arange(rollouts.group_size)).reshape(-1)
     return Rollouts(
-        prompts=kept,
+        prompts=prompts_at(rollouts.prompts, places),
         group_size=rollouts.group_size,
         tokens=rollouts.tokens[rows],
         lengths=rollouts.lengths[rows],

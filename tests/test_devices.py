@@ -1,4 +1,4 @@
-"""Four devices give what one gives: the same tokens, and one GRPO step within float32 rounding.
+"""Two, four and eight devices give what one gives: the same tokens, and one GRPO step within float32 rounding.
 
 Devices are forced in a process of its own, since XLA reads the flag once.
 """
@@ -32,6 +32,7 @@ from rljax.models.lora import adapter_axes, init_adapter
 from rljax.rl.learner import Learner, fresh_state, reference_copy, state_shapes
 from rljax.rl.update import Compute
 from rljax.sampling.engine import EngineOptions, Sampler
+from rljax.types import select_prompts
 
 PROGRAMS = ("decode", "rows", "lanes", "take")  # what runs between the first token and the last
 
@@ -39,6 +40,9 @@ def far_from_uniform():
     '''Matrices five times the usual spread. Norms stay 1: attention scores of 50 would make rounding errors of 1e-5.'''
     wide = lambda path, x: x if "norm" in jax.tree_util.keystr(path) else x * 5
     return jax.tree_util.tree_map_with_path(wide, qwen2.init(jax.random.key(0), TINY))
+
+def few(rollouts):
+    return select_prompts(rollouts, range(6))
 
 def run(mesh):
     shapes = qwen2.param_shapes(TINY)
@@ -52,18 +56,19 @@ def run(mesh):
         long = sampler.generate(make_prompts([3 + 5 * i % 14 for i in range(96)]), 8, key=jax.random.key(7),
                                 max_completion_tokens=160)
         assert sampler.stats.reshapes >= 4, sampler.stats
-    rollouts = sampler.generate(make_prompts([5, 9, 3, 7, 12, 4], slots=16), 8, key=jax.random.key(1), temperature=1.0,
-                                max_completion_tokens=24)
+    rollouts = sampler.generate(make_prompts(([5, 9, 3, 7, 12, 4] * 8), slots=16), 8, key=jax.random.key(1),
+                                temperature=1.0, max_completion_tokens=24)
     text = "".join(f.result().as_text() for key, f in sampler._programs._compiled.items() if key[0] in PROGRAMS)
     assert text
     gathered = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)]
-    optimizer = OptimizerConfig(learning_rate=1e-3)
+    # Where a gradient is nearly 0, AdamW with its usual eps makes a whole step of what is rounding.
+    optimizer = OptimizerConfig(learning_rate=1e-3, eps=1e-4)
     learner = Learner(fresh_state(params, state_shapes(shapes, optimizer, mesh), optimizer), params, TINY, mesh,
                       AlgorithmConfig(updates_per_step=2, microbatch_tokens=256, reference_update="ema",
                                       reference_ema_decay=0.25), optimizer, Compute())
     learner.reference = reference_copy(params, "float32")
     advantages = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
-    metrics = learner.step(rollouts, advantages)
+    metrics = learner.step(few(rollouts), advantages)
     learner.move_reference(1)
     moved = jax.tree.map(lambda to, leaf: to.is_equivalent_to(leaf.sharding, leaf.ndim), shardings, learner.reference)
     assert all(jax.tree.leaves(moved)), moved
@@ -81,7 +86,7 @@ def gradient(mesh, rollouts, loss):
                                 kl_coefficient=0.1, aggregation="seq_mean_token_mean")
     learner = Learner(fresh_state(params, state_shapes(shapes, optimizer, mesh), optimizer), params, TINY, mesh,
                       algorithm, optimizer, Compute())
-    learner.step(rollouts, np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))
+    learner.step(few(rollouts), np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))
     return jax.device_get(optax.tree_utils.tree_get(learner.state.opt_state, "mu"))
 
 def adapted(mesh, rollouts):
@@ -98,18 +103,17 @@ def adapted(mesh, rollouts):
     algorithm = AlgorithmConfig(updates_per_step=1, kl_coefficient=0, old_logprobs="behaviour", microbatch_tokens=256)
     learner = Learner(fresh_state(adapter, state_shapes(shapes, optimizer, mesh), optimizer), None, TINY, mesh,
                       algorithm, optimizer, Compute(lora_scale=lora.scale), base=base)
-    norm = learner.step(rollouts, np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))["policy/grad_norm"]
+    metrics = learner.step(few(rollouts), np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32))
     sampler = Sampler(learner.params, TINY, mesh, stop_ids=(1,))
-    return jax.device_get((learner.state.params, sampler._params)), norm.value()
+    return jax.device_get((learner.state.params, sampler._params)), metrics["policy/grad_norm"].value()
 
 alone = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
 one = run(alone)
 gradients = {loss: gradient(alone, one[0], loss) for loss in ("clip", "gspo")}
 result = {}
-for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("tensor 4", MeshConfig(fsdp=1, tensor=4)),
-                     ("data 2 x tensor 2", MeshConfig(data=2, fsdp=1, tensor=2)),
-                     ("data 2", MeshConfig(data=2, fsdp=1))):
-    devices = jax.devices()[: 2 if name == "data 2" else 4]
+for name in json.loads(sys.argv[2]):
+    config = MeshConfig(**{"fsdp": 1} | {axis: int(size) for axis, size in re.findall(r"(\w+) (\d)", name)})
+    devices = jax.devices()[: config.data * config.fsdp * config.tensor]
     many = run(make_mesh(config, devices))
     result[name] = {
         "tokens": int(one[0].lengths.sum()),
@@ -139,12 +143,12 @@ for name, config in (("fsdp 4", MeshConfig(fsdp=4)), ("tensor 4", MeshConfig(fsd
             "long_logprob": float(np.abs(one[4].behaviour_logprobs - many[4].behaviour_logprobs).max()),
         }
 (trees, norm), (other_trees, other_norm) = adapted(alone, one[0]), adapted(
-    make_mesh(MeshConfig(fsdp=2, tensor=2)), one[0])
+    make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]), one[0])
 result["adapter"] = {
     "params": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (trees, other_trees)), strict=True)),
     "grad_norm": abs(norm - other_norm) / norm,
 }
-(copied, _), copied_norm = adapted(make_mesh(MeshConfig(fsdp=1, tensor=4)), one[0])
+(copied, _), copied_norm = adapted(make_mesh(MeshConfig(fsdp=1, tensor=4), jax.devices()[:4]), one[0])
 result["adapter of copied heads"] = {
     "params": max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (trees[0], copied)), strict=True)),
     "grad_norm": abs(norm - copied_norm) / norm,
@@ -153,15 +157,19 @@ print(json.dumps(result))
 """
 
 
+MESHES = ("tensor 2", "fsdp 4", "tensor 4", "fsdp 8", "data 2 x fsdp 2 x tensor 2")
+
+
 @pytest.fixture(scope="module")
 def differences() -> dict[str, dict[str, float]]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # programs run a few times here, and take long to optimise
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent)],
+        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), json.dumps(MESHES)],
         env=environment,
         capture_output=True,
         text=True,
@@ -171,23 +179,23 @@ def differences() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", ["fsdp 4", "tensor 4", "data 2 x tensor 2", "data 2"])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_many_devices_equal_one(differences: dict[str, dict[str, float]], mesh: str) -> None:
     """On "tensor 4" two devices share each of the two key/value heads."""
     difference = differences[mesh]
-    assert difference["tokens"] > 800
+    assert difference["tokens"] > 5000
     assert difference["different_tokens"] == 0
     if "tensor" not in mesh:  # whole rows on every device
         assert difference["long_tokens"] > 20_000 and difference["long_different"] == 0
         assert difference["long_logprob"] < 2e-6
     # Neither a cache, nor logits [rows, 40], nor activations [rows, 32] cross devices whole.
-    assert difference["biggest_gather"] < (48 if "tensor" in mesh else 576) * 32
+    rows = 384 // (4 if "fsdp" in mesh else 1)
+    assert difference["biggest_gather"] < (rows * 32 if "tensor" in mesh else 1)
     assert difference["logprob"] < 2e-6
     assert difference["grad_norm"] < 2e-6
     assert difference["gradient of clip"] < 1e-6 and difference["gradient of gspo"] < 1e-6
-    # AdamW turns a gradient near 0 into a whole step of the learning rate, whatever its rounding: hence not 1e-6.
-    assert difference["params"] < 2e-5
-    assert difference["reference"] < 2e-5 and difference["reference_moved"] > 1e-4
+    assert difference["params"] < 1e-6
+    assert difference["reference"] < 1e-6 and difference["reference_moved"] > 1e-4
 
 
 def test_an_adapter_learns_and_is_synced_on_many_devices_as_on_one(differences: dict[str, dict[str, float]]) -> None:

@@ -25,9 +25,9 @@ from safetensors.numpy import load_file
 
 from rljax import hosts
 from rljax.cli import USAGE_ERROR
-from rljax.config import PREEMPTED, ConfigError
+from rljax.config import PREEMPTED, ConfigError, MeshConfig
 from rljax.evaluate.shared import Scored, from_bytes, to_bytes
-from rljax.mesh import AXES
+from rljax.mesh import AXES, make_mesh
 from rljax.policy import load_run
 from rljax.rewards.pool import Verdict
 from rljax.types import Rollouts, prompt_block
@@ -77,6 +77,8 @@ SETTINGS = {
     "checkpoint.keep": 20,
     "logging.rollouts": 1000,
 }
+
+FOUR_HEADS: dict[str, Any] = {"model__architecture": "ladder-200k", "steps": 1, "evaluation__data": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +250,23 @@ def test_a_step_of_two_processes_is_that_of_one_device(alone: Path, together: Pa
     assert_close_parameters(alone, together, STEPS, 1e-5)
 
 
+@pytest.fixture(scope="module")
+def with_four_heads(folder: Path) -> Path:
+    """A step of one device, of a model that four can split."""
+    train(folder / "four-heads", 1, 1, **FOUR_HEADS).succeed()
+    return folder / "four-heads"
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(2, 2), (1, 4)], ids=["layers split in each", "layers split over both"])
+def test_a_step_of_two_processes_that_split_layers_is_that_of_one_device(
+    with_four_heads: Path, folder: Path, fsdp: int, tensor: int
+) -> None:
+    run = folder / f"fsdp-{fsdp}-tensor-{tensor}"
+    train(run, 2, 2, **FOUR_HEADS, mesh__fsdp=fsdp, mesh__tensor=tensor).succeed()
+    assert_same_step(with_four_heads, run, 1, 1e-5)
+    assert_close_parameters(with_four_heads, run, 1, 1e-5)
+
+
 def test_they_draw_the_same_prompts_in_every_step_and_measure_all_of_the_held_out_set(
     alone: Path, together: Path
 ) -> None:
@@ -342,7 +361,7 @@ assert not spread.is_fully_addressable and {s.data.shape for s in spread.address
 assert np.array_equal(hosts.to_host(spread), rows)
 again = hosts.to_devices(spread * 2, replicated(mesh))
 assert np.array_equal(hosts.to_host(again), rows * 2)
-here = hosts.local_mesh(mesh)
+here = hosts.sampling_mesh(mesh)
 assert here.devices.shape == (1, 1, 2) and all(d.process_index == process for d in here.devices.flat)
 split = jax.sharding.NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
 wide = hosts.local_part(hosts.to_devices(np.arange(24).reshape(2, 3, 4), split), here)
@@ -351,6 +370,58 @@ assert {s.data.shape for s in wide.addressable_shards} == {(2, 3, 2)}
 hosts.wait_for_all("end")
 print("all is well", process)
 """
+
+
+LOCKSTEP = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh
+sys.path.insert(0, sys.argv[1])
+from conftest import TINY, make_prompts
+from rljax import hosts
+from rljax.config import MeshConfig
+from rljax.mesh import AXES, LEARNER_RULES, make_mesh, param_shardings
+from rljax.models import qwen2
+from rljax.sampling.engine import EngineOptions, Sampler
+hosts.start()
+wide = jax.tree_util.tree_map_with_path(
+    lambda path, x: x if "norm" in jax.tree_util.keystr(path) else x * 5, qwen2.init(jax.random.key(0), TINY))
+wide = jax.device_get(wide)
+prompts = make_prompts([3 + 5 * i % 14 for i in range(36)])
+
+def drawn(mesh):
+    shardings = param_shardings(mesh, qwen2.param_shapes(TINY), qwen2.param_axes(TINY), LEARNER_RULES)
+    params = jax.tree.map(hosts.to_devices, wide, shardings)
+    # Few rows at once, so that freed ones are refilled; later on they are halved.
+    sampler = Sampler(None, TINY, mesh, stop_ids=(1,), options=EngineOptions(chunk_tokens=8, max_rows=96, growth=1))
+    sampler.sync(params)
+    rollouts = sampler.generate(prompts, 8, key=jax.random.key(7), temperature=1.0, max_completion_tokens=120)
+    assert sampler.stats.admissions > 3 and sampler.stats.reshapes > 0, sampler.stats
+    completions = [row[:n] for row, n in zip(rollouts.tokens, rollouts.lengths)]
+    return sampler, rollouts, sampler.score(prompts, completions)
+
+_, one, scores = drawn(make_mesh(MeshConfig(), jax.local_devices()[:1]))
+assert one.lengths.sum() > 5000, one.lengths.sum()
+devices = np.array(hosts.devices_by_process())
+for grid in (devices.reshape(1, 1, 4), devices.reshape(1, 2, 2).swapaxes(1, 2)):
+    mesh = Mesh(grid, AXES, axis_types=make_mesh(MeshConfig()).axis_types)
+    assert all({d.process_index for d in group} == {0, 1} for group in grid.reshape(-1, grid.shape[2]))
+    sampler, many, scored = drawn(mesh)
+    assert sampler.processes == (0, 1)
+    assert np.array_equal(one.tokens, many.tokens) and np.array_equal(one.stop_reasons, many.stop_reasons)
+    assert np.abs(one.behaviour_logprobs - many.behaviour_logprobs).max() < 2e-6
+    assert np.abs(scores - scored).max() < 5e-6
+hosts.wait_for_all("end")
+print("the same tokens", jax.process_index())
+"""
+
+
+def test_processes_that_split_layers_decode_in_lockstep(folder: Path) -> None:
+    """One tensor group of all four devices, and two whose devices are each of both processes: the same 5,000 tokens and
+    log-probs as on one device."""
+    ended = Processes(folder / "lockstep", 2, [["-c", LOCKSTEP, str(Path(__file__).parent)]] * 2).wait()
+    assert ended.codes == [0, 0], "\n\n".join(said[-3000:] for said in ended.said)
+    assert all(f"the same tokens {process}" in said for process, said in enumerate(ended.said))
 
 
 def test_what_processes_tell_each_other(folder: Path) -> None:
@@ -389,31 +460,43 @@ def test_processes_with_other_settings_are_no_run(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What `local_mesh` asks of one."""
+    """What `sampling_mesh` asks of one."""
 
     id: int
     process_index: int
 
 
 @pytest.mark.parametrize(
-    ("shape", "own"),
-    [((1, 4, 2), [[[4, 5], [6, 7]]]), ((2, 1, 4), [[[4, 5, 6, 7]]]), ((4, 2, 1), [[[4], [5], [6], [7]]])],
+    ("shape", "order", "each", "own", "processes"),
+    [
+        ((1, 4, 2), range(8), 4, [[4, 5], [6, 7]], (1,)),
+        ((2, 1, 4), range(8), 4, [[4, 5, 6, 7]], (1,)),
+        ((4, 2, 1), range(8), 4, [[4], [5], [6], [7]], (1,)),
+        ((1, 1, 8), range(8), 4, [[0, 1, 2, 3, 4, 5, 6, 7]], (0, 1)),
+        ((2, 1, 4), range(8), 2, [[0, 1, 2, 3]], (0, 1)),
+        ((1, 4, 2), (0, 2, 3, 4, 1, 5, 6, 7), 2, [[0, 2], [3, 4], [1, 5]], (0, 1, 2)),
+    ],
+    ids=["tensor 2 of 4", "tensor 4 of 4", "tensor 1", "all", "two and two", "a chain"],
 )
-def test_the_rows_of_a_mesh_that_are_a_process_s_own(
-    shape: tuple[int, ...], own: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+def test_the_part_of_a_mesh_that_a_process_decodes_on(
+    shape: tuple[int, ...],
+    order: Sequence[int],
+    each: int,
+    own: list[list[int]],
+    processes: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of process 1; there are `each` devices a process."""
+    grid = np.array(order).reshape(shape)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
-    devices: Any = np.array([Device(number, number // 4) for number in range(8)])
+    devices: Any = np.array([Device(number, number // each) for number in range(8)])
     monkeypatch.setattr(jax, "devices", lambda: list(devices))
-    here = hosts.local_mesh(Mesh(devices.reshape(shape), AXES))
-    assert here.axis_names == AXES
-    assert [[[device.id for device in group] for group in part] for part in here.devices] == own
-    with pytest.raises(ConfigError, match=r"mesh.tensor = 8 .* set mesh.tensor to a divisor of 4"):
-        hosts.local_mesh(Mesh(devices.reshape(1, 1, 8), AXES))
-    elsewhere: Any = np.array([Device(number + 8, number // 4) for number in range(8)])
-    compiled_for = Mesh(elsewhere.reshape(shape), AXES)
-    assert hosts.local_mesh(compiled_for) is compiled_for
+    here = hosts.sampling_mesh(Mesh(devices[grid], AXES))
+    assert here.axis_names == AXES and hosts.processes_of(here) == processes
+    assert [[device.id for device in group] for group in here.devices.reshape(-1, shape[2])] == own
+    elsewhere: Any = np.array([Device(number + 8, number // each) for number in range(8)])
+    compiled_for = Mesh(elsewhere[grid], AXES)
+    assert hosts.sampling_mesh(compiled_for) is compiled_for and hosts.processes_of(compiled_for) == (1,)
 
 
 @pytest.mark.parametrize(
@@ -445,16 +528,14 @@ def test_alone_nothing_is_started() -> None:
     hosts.start()
     assert not jax.distributed.is_initialized()
     assert hosts.exchange(b"mine") == [b"mine"]
-    assert hosts.own_block(7) == slice(0, 7)
+    assert hosts.block_of(0, 7) == slice(0, 7)
+    assert hosts.least(3 << 20, make_mesh(MeshConfig(), jax.devices()[:1])) == 3 << 20
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(8, 2), (7, 3), (2, 5), (0, 2)])
 def test_blocks_are_all_rows_in_order(rows: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    blocks: list[list[int]] = []
-    for process in range(processes):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        blocks.append(list(range(rows)[hosts.own_block(rows)]))
+    blocks = [list(range(rows)[hosts.block_of(process, rows)]) for process in range(processes)]
     assert [row for block in blocks for row in block] == list(range(rows))
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
 

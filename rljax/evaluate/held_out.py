@@ -12,12 +12,12 @@ from rljax.data.pipeline import drop_overlong, encode_prompts, prompt_slots, sta
 from rljax.data.records import read_records
 from rljax.evaluate.estimators import mean_at_k
 from rljax.evaluate.shared import Scored, shared
-from rljax.hosts import own_block, wait_for_all
+from rljax.hosts import block_of, wait_for_all
 from rljax.rewards.pool import summarise
 from rljax.rewards.scorer import Scorer, Scoring
 from rljax.sampling.engine import Sampler
 from rljax.tokenizer import Tokenizer
-from rljax.types import LENGTH, STOP_REASONS, PromptRecord, Prompts, Rollouts, prompt_block
+from rljax.types import LENGTH, STOP_REASONS, PromptRecord, Prompts, Rollouts, prompts_at, select_prompts
 
 
 def repaired_prompt(record: PromptRecord) -> PromptRecord:
@@ -70,26 +70,35 @@ def sample(
 ) -> BeingScored:
     """Completions of `prompts`; a group goes to the verifiers as soon as it is whole.
 
-    Of several processes, which all call it, each draws and scores those of its block.
+    Of several processes, which all call it, each scores those of its block, and draws them, or those of all that decode
+    in lockstep with it.
 
     Args:
       both_modes: for the hack meter: score them in the verifier's other mode too.
       draw: passed on to `Sampler.generate`.
     """
     groups: dict[int, tuple[list[str], Scoring]] = {}
-    own = prompt_block(prompts, own_block(len(prompts)))
+    blocks = {process: np.arange(len(prompts))[block_of(process, len(prompts))] for process in sampler.processes}
+    drawn = np.concatenate(list(blocks.values()))
+    own = np.flatnonzero(np.isin(drawn, blocks[jax.process_index()]))
 
     def submit(place: int, group: Rollouts) -> None:
-        record = own.records[place]
+        if place not in own:
+            return
+        record = group.prompts.records[0]
         texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(group.tokens, group.lengths, strict=True)]
         scoring = scorer.submit(
             record.data_source, record.ground_truth, record.extra_info, texts, both_modes=both_modes
         )
         groups[place] = texts, scoring
 
-    rollouts = sampler.generate(own, group_size, on_group=submit, **draw) if len(own) else None
+    rollouts = None
+    if len(drawn):
+        rollouts = sampler.generate(prompts_at(prompts, drawn), group_size, on_group=submit, **draw)
     wait_for_all("sampled")  # so that the seconds of this phase are those of the slowest
-    return BeingScored(prompts, rollouts, [groups[place] for place in range(len(own))])
+    if rollouts is not None and len(own) < len(drawn):
+        rollouts = select_prompts(rollouts, own) if len(own) else None
+    return BeingScored(prompts, rollouts, [groups[place] for place in own])
 
 
 def rollout_rows(scored: Scored, count: int) -> list[dict[str, Any]]:

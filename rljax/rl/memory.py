@@ -4,12 +4,11 @@ import dataclasses
 import logging
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rljax.config import Architecture
 from rljax.costs import update_bytes
+from rljax.hosts import least
 from rljax.mesh import free_bytes, num_row_shards
 from rljax.models.attention import choose_backend
 from rljax.models.scoring import chunk_tokens
@@ -61,7 +60,7 @@ def choose_remat(
       trained_params: those that have a gradient.
       free: bytes of a device; None: what the fullest has now.
     """
-    free = _least_of_all_processes(free_bytes(mesh)) if free is None else free
+    free = least(free_bytes(mesh) >> 20, mesh) << 20 if free is None else free  # whole MiB, which an int32 counts
     tokens = shape.rows * shape.positions // num_row_shards(mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     with jax.set_mesh(mesh):
@@ -95,10 +94,3 @@ def choose_remat(
             tokens,
         )
     return chosen
-
-
-def _least_of_all_processes(count: int) -> int:
-    """Bytes, in whole MiB, which an int32 holds: JAX gathers no int64."""
-    if jax.process_count() == 1:
-        return count
-    return int(multihost_utils.process_allgather(np.array([count >> 20], np.int32)).min()) << 20

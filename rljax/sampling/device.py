@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rljax.config import Architecture
+from rljax.hosts import readable, to_devices
 from rljax.mesh import ROWS, num_row_shards
 from rljax.models.qwen2 import Params, block_dtype
 from rljax.sampling import decode
@@ -47,8 +48,9 @@ class Shardings:
         return DecodeState(suffix, self.whole, *[self.rows] * 5)  # type: ignore[arg-type]
 
     def drawn(self) -> Drawn:
-        """Tree of shardings like a `Drawn`."""
-        return Drawn(*[self.lines] * 3, *[self.rows] * 2)  # type: ignore[arg-type]
+        """Tree of shardings like a `Drawn`, of which every process reads all."""
+        lines, rows = readable(self.lines), readable(self.rows)
+        return Drawn(*[lines] * 3, *[rows] * 2)  # type: ignore[arg-type]
 
 
 class DecodeDevice:
@@ -98,7 +100,7 @@ class DecodeDevice:
     def admit(self, shape: Shape, lane: np.ndarray, prompts: LanePrompts, row_sample: np.ndarray) -> Drawn:
         """Puts prompts into the lanes `lane`, which count within a shard."""
         tables = self._tables(prompts, row_sample)
-        lane_on_device = jax.device_put(lane.astype(np.int32), self._on.rows)
+        lane_on_device = to_devices(lane.astype(np.int32), self._on.rows)
         arguments = (self._params, self._prefix, self._state, lane_on_device, *tables, self._settings)
         layers = self._arch.num_layers
         run = self._programs.get(
@@ -128,7 +130,7 @@ class DecodeDevice:
         row_table = None
         if rows is not None:
             assert lanes is not None
-            row_table, lane_table = (jax.device_put(t.astype(np.int32), self._on.rows) for t in (rows, lanes))
+            row_table, lane_table = (to_devices(t.astype(np.int32), self._on.rows) for t in (rows, lanes))
             small, lengths = self._take_program(old, new)(small, prefix.lengths, row_table, lane_table)
             self._take_layers(("lanes", old, new), prefix, lane_table, slot, self._prompt_slots)
             prefix = dataclasses.replace(prefix, lengths=lengths)
@@ -140,7 +142,7 @@ class DecodeDevice:
         ended = np.zeros(shape.rows * self._shards, bool)
         ended[rows] = True
         stopped = jax.jit(jnp.logical_or, out_shardings=self._on.rows)(
-            self._state.stopped, jax.device_put(ended, self._on.rows)
+            self._state.stopped, to_devices(ended, self._on.rows)
         )
         self._state = dataclasses.replace(self._state, stopped=stopped)
 
@@ -240,7 +242,7 @@ class DecodeDevice:
             self._sample_ids[sample],
             np.where(rows, self._limits[sample], 0).astype(np.int32),
         )
-        return tuple(None if table is None else jax.device_put(table, self._on.rows) for table in tables)
+        return tuple(None if table is None else to_devices(table, self._on.rows) for table in tables)
 
 
 def _begin_copy(drawn: Drawn) -> Drawn:

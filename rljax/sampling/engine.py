@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rljax.config import Architecture
-from rljax.hosts import local_mesh, local_part
+from rljax.hosts import least, local_part, processes_of, sampling_mesh, to_devices
 from rljax.mesh import SAMPLER_RULES, num_row_shards, param_shardings, replicated
 from rljax.models import qwen2
 from rljax.models.layers import with_a_kv_head_each
@@ -66,7 +66,8 @@ class Sampler:
       params: learner layout; None: `sync` brings them later.
       arch: the model.
       mesh: rows are split over its data and fsdp axes, heads and vocabulary over tensor. Of one with devices of
-        several processes, each decodes rows of its own on its own part (`mesh` below), and only `sync` is common.
+        several processes, each decodes rows of its own on its own part (`mesh` below), and only `sync` is common; where
+        a tensor group has devices of several, these decode the same rows, in lockstep (`processes` below).
       stop_ids: tokens that end a completion.
       compute_dtype: of parameters and caches.
       head_dtype: of the final norm and the head; None: the compute dtype.
@@ -86,7 +87,9 @@ class Sampler:
         shapes = qwen2.param_shapes(arch)
         self._whole_mesh = mesh
         self.arch = arch = with_a_kv_head_each(arch, mesh.shape["tensor"])
-        self.mesh, self.options = local_mesh(mesh), options
+        self.mesh, self.options = sampling_mesh(mesh), options
+        self.processes = processes_of(self.mesh)
+        """That decode in lockstep with this one, itself included: they all make the same calls."""
         self.stats = Stats()
         """What the last `generate` did."""
         self._stop_ids = np.asarray(stop_ids, np.int32)
@@ -185,13 +188,13 @@ class Sampler:
         settings = self._settings(key, temperature, top_k, top_p, min_p, min_completion_tokens)
         prompt_slots = bucket(int(prompts.lengths.max()))
         options = self.options
+        fitting = rows_that_fit(self.arch, self._dtype, self.mesh, prompt_slots, longest, samples_per_prompt)
         plan = Plan.make(
             samples_per_prompt=samples_per_prompt,
             num_prompts=len(prompts),
             prompt_slots=prompt_slots,
             max_tokens=longest,
-            max_rows=options.max_rows
-            or rows_that_fit(self.arch, self._dtype, self.mesh, prompt_slots, longest, samples_per_prompt),
+            max_rows=options.max_rows or least(fitting, self.mesh),
             shards=num_row_shards(self.mesh),
             chunk=options.chunk_tokens,
             growth=options.growth,
@@ -244,13 +247,14 @@ class Sampler:
         whole = replicated(self.mesh)
 
         def put(value: Any) -> jax.Array:
-            return jax.device_put(value, whole)
+            return to_devices(value, whole)
 
+        seed, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
         truncation = None
         if top_k > 0 or top_p < 1 or min_p > 0:
             truncation = Truncation(put(np.int32(top_k)), put(np.float32(top_p)), put(np.float32(min_p)))
         return DrawSettings(
-            key=put(key),
+            key=jax.random.wrap_key_data(put(seed), impl=kind),
             temperature=put(np.float32(temperature)),
             stop_ids=put(self._stop_ids),
             min_tokens=put(np.int32(min_tokens)) if min_tokens > 1 else None,

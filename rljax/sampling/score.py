@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rljax.config import Architecture
+from rljax.hosts import readable, to_devices
 from rljax.mesh import num_row_shards, replicated, row_sharding
 from rljax.models.qwen2 import Params, prefill
 from rljax.models.scoring import token_logprobs
@@ -45,15 +46,15 @@ def score_completions(
         [np.pad(starts, (0, fill), constant_values=1), np.pad(ends, (0, fill), constant_values=1)], axis=1
     )
     by_rows = row_sharding(mesh)
-    warmth = jax.device_put(np.float32(temperature), replicated(mesh))
+    warmth = to_devices(np.float32(temperature), replicated(mesh))
     scored = []
     for start in range(0, len(tokens), rows):
-        part = [jax.device_put(x[start : start + rows].astype(np.int32), by_rows) for x in (tokens, bounds)]
+        part = [to_devices(x[start : start + rows].astype(np.int32), by_rows) for x in (tokens, bounds)]
         arguments = (params, *part, warmth)
         with jax.set_mesh(mesh):
             run = programs.get(
                 ("score", rows, positions),
-                lambda a=arguments: jax.jit(partial(_score, arch=arch), out_shardings=by_rows).lower(*a),
+                lambda a=arguments: jax.jit(partial(_score, arch=arch), out_shardings=readable(by_rows)).lower(*a),
             )
         scored.append(run(*arguments))
     whole = np.concatenate([np.asarray(part) for part in scored])
