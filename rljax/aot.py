@@ -51,21 +51,14 @@ class Slice:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+_ONE = (("chips_per_host_bounds", (1, 1, 1)),)
+
 SLICES: dict[str, Slice] = {
-    "v5e-1": Slice("v5e:1x1", 1, (("chips_per_host_bounds", (1, 1, 1)),)),
-    "v5e-4": Slice("v5e:2x2", 4),
-    "v5e-8": Slice("v5e:2x4", 8),
-    "v5e-16": Slice("v5e:4x4", 16),
-    "v5e-64": Slice("v5e:8x8", 64),
-    "v6e-4": Slice("v6e:2x2", 4),
-    "v6e-8": Slice("v6e:2x4", 8),
-    "v6e-16": Slice("v6e:4x4", 16),
-    "v6e-64": Slice("v6e:8x8", 64),
-    "v5p-8": Slice("v5p:2x2x1", 4),
-    "v5p-16": Slice("v5p:2x2x2", 8),
-    "v5p-32": Slice("v5p:2x2x4", 16),
-    "v5p-64": Slice("v5p:2x4x4", 32),
-    "v5p-128": Slice("v5p:4x4x4", 64),
+    **{f"{kind}-1": Slice(f"{kind}:1x1", 1, _ONE) for kind in ("v5e", "v6e")},
+    **{f"{kind}-{chips}": Slice(f"{kind}:{dims}", chips) for kind in ("v5e", "v6e") for chips, dims in _FLAT.items()},
+    **{f"v5p-{2 * chips}": Slice(f"v5p:{dims}", chips) for chips, dims in _CUBES.items()},
 }
 """v5p-N counts TensorCores, two to a chip; v5e-N and v6e-N chips. A JAX device is a chip in all of them."""
 

@@ -281,7 +281,7 @@ def _advise(argv: list[str]) -> None:
 
 
 def _plan(argv: list[str]) -> None:
-    """Does a run fit on a slice, how fast, at what cost   CONFIG.yaml ... --plan.slice v5p-128 [--search]"""
+    """Does a run fit on a slice, how fast, at what cost   CONFIG.yaml ... --plan.slice v5p-128 [--search|--compile]"""
     if argv[:1] == ["--costs"]:
         if len(argv) != 2:
             raise ConfigError(f"rljax plan --costs takes one folder of YAML files and was given {len(argv) - 1}")
@@ -291,11 +291,12 @@ def _plan(argv: list[str]) -> None:
         return
     from rljax.config_file import parse_config
 
-    switches = {"--search": "--plan.search=true"}
+    switches = {"--search": "--plan.search=true", "--compile": "--plan.compile=true"}
     config = parse_config([switches.get(argument, argument) for argument in argv], prog="rljax plan")
     from rljax.plan import plan_command
 
-    print("\n".join(plan_command(config)))
+    for line in plan_command(config):
+        print(line, flush=True)
 
 
 def _data(argv: list[str]) -> None:

@@ -434,6 +434,8 @@ class PlanConfig:
     With `search` also a generation alone, `v5e`."""
     search: bool = False
     """Find the fewest chips of that generation on which the run fits, and their fastest mesh."""
+    compile: bool = False
+    """Ask the TPU compiler, too (extra `tpu`; no TPU): compile the run's programs for the slice, minutes each."""
     meshes: tuple[str, ...] = ()
     """Slices the run is meant for, each with its mesh, data x fsdp x tensor: `v5p-128 1x8x8`. The one of `slice` goes
     before `mesh`."""

@@ -1,10 +1,12 @@
 """Does a run fit on a slice, how fast can it be there, and what does it cost: by arithmetic alone (`rljax plan`).
 
 Memory is planned for the longest prompts and completions (`footprint.py`), time for lengths around their means
-(`steptime.py`). What is said is a prediction: no TPU has been measured.
+(`steptime.py`). What is said is a prediction: no TPU has been measured. The compiler is asked on demand
+(`compiled_plan.py`).
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from rljax.config import ARCHITECTURES, Architecture, ConfigError, MeshConfig, RunConfig
@@ -147,11 +149,11 @@ def _whole(mesh: MeshConfig, where: Slice) -> MeshConfig:
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def plan_command(config: RunConfig) -> list[str]:
-    """What `rljax plan` prints.
+def plan_command(config: RunConfig) -> Iterator[str]:
+    """Lines that `rljax plan` prints.
 
     Raises:
-      ConfigError: no slice is given, or the config does not go together with it.
+      ConfigError: no slice is given, or the config does not go together with it; the compiler was asked and refuses.
     """
     generation = config.plan.slice.strip().lower().partition("-")[0]
     if not generation:
@@ -159,23 +161,32 @@ def plan_command(config: RunConfig) -> list[str]:
             f"plan.slice is empty; give --plan.slice v5p-128, or with --search a generation: {', '.join(CHIPS)}"
         )
     if config.plan.search:
-        return [*describe(search(config, generation)), *_listed(config)]
-    where = slice_named(config.plan.slice)
-    arch = architecture_of(config)
-    mesh = planned_meshes(config).get(where.name, config.mesh)
-    check_divides(arch, _whole(mesh, where))
-    plan, best = plan_run(config, where, mesh, arch), recommended(config, where, arch)
-    lines = describe(plan)
-    if best is None:
-        lines.append(f"recommended: no mesh of {where.name} fits; --search finds the smallest slice that does")
-    elif best.setting.mesh == plan.setting.mesh:
-        lines.append(f"recommended: this mesh, with remat {best.memory.remat}")
+        plan = search(config, generation)
+        yield from describe(plan)
     else:
-        lines.append(
-            f"recommended: {_mesh_flags(best.setting.mesh)} with remat {best.memory.remat}: "
-            f"{best.time.total:,.0f} s a step, peak {_gib(best.memory.peak)} GiB"
-        )
-    return [*lines, *_listed(config)]
+        where = slice_named(config.plan.slice)
+        arch = architecture_of(config)
+        mesh = planned_meshes(config).get(where.name, config.mesh)
+        check_divides(arch, _whole(mesh, where))
+        plan = plan_run(config, where, mesh, arch)
+        yield from describe(plan)
+        yield _recommendation(plan, recommended(config, where, arch))
+    yield from _listed(config)
+    if config.plan.compile:
+        from rljax.compiled_plan import compiled_lines
+
+        yield from compiled_lines(plan)
+
+
+def _recommendation(plan: Plan, best: Plan | None) -> str:
+    if best is None:
+        return f"recommended: no mesh of {plan.where.name} fits; --search finds the smallest slice that does"
+    if best.setting.mesh == plan.setting.mesh:
+        return f"recommended: this mesh, with remat {best.memory.remat}"
+    return (
+        f"recommended: {_mesh_flags(best.setting.mesh)} with remat {best.memory.remat}: "
+        f"{best.time.total:,.0f} s a step, peak {_gib(best.memory.peak)} GiB"
+    )
 
 
 def describe(plan: Plan) -> list[str]:

@@ -97,13 +97,7 @@ class Policy:
             stop_ids=self.tokenizer.stop_ids,
             compute_dtype=self.compute_dtype,
             head_dtype=self.head_dtype,
-            options=EngineOptions(
-                chunk_tokens=config.chunk_tokens,
-                growth=config.cache_growth,
-                compact=config.compact,
-                refill=config.refill,
-                max_rows=config.max_rows,
-            ),
+            options=EngineOptions.of(config),
         )
 
     def export(self, params: qwen2.Params, folder: str | Path) -> None:

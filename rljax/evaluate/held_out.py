@@ -98,7 +98,7 @@ def sample(
     wait_for_all("sampled")  # so that the seconds of this phase are those of the slowest
     if rollouts is not None and len(own) < len(drawn):
         rollouts = select_prompts(rollouts, own) if len(own) else None
-    return BeingScored(prompts, rollouts, [groups[place] for place in own])
+    return BeingScored(prompts, rollouts, [groups[place] for place in own.tolist()])
 
 
 def rollout_rows(scored: Scored, count: int) -> list[dict[str, Any]]:

@@ -12,14 +12,14 @@ take the next prompts (refill), otherwise the next wave does.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rljax.config import Architecture
+from rljax.config import Architecture, SamplingConfig
 from rljax.hosts import least, local_part, processes_of, sampling_mesh, to_devices
 from rljax.mesh import SAMPLER_RULES, num_row_shards, param_shardings, replicated
 from rljax.models import qwen2
@@ -57,6 +57,17 @@ class EngineOptions:
     """What does not fit at once takes over freed rows; False: it waits for the next wave."""
     max_rows: int = 0
     """Rows decoded at once, all devices together; 0: as many as the free memory holds."""
+
+    @classmethod
+    def of(cls, config: SamplingConfig) -> Self:
+        """Those of a run."""
+        return cls(
+            chunk_tokens=config.chunk_tokens,
+            growth=config.cache_growth,
+            compact=config.compact,
+            refill=config.refill,
+            max_rows=config.max_rows,
+        )
 
 
 class Sampler:
