@@ -67,7 +67,7 @@ CASES = [
     Case("72b", "v5p-128", fsdp=16, tensor=4, completion_tokens=2048),
     Case("72b", "v6e-64", fsdp=4, tensor=16, completion_tokens=2048, moments="bfloat16", microbatch_tokens=4096),
     Case("7b", "v6e-8", fsdp=2, tensor=4),
-    Case("7b", "v5e-16", fsdp=4, tensor=4),
+    Case("7b", "v5e-16", fsdp=4, tensor=4, moments="bfloat16"),
     Case("32b", "v5p-32", fsdp=4, tensor=4),
     Case("14b", "v6e-16", fsdp=2, tensor=8),
     Case("3b", "v5e-8", fsdp=4, tensor=2),
@@ -99,6 +99,7 @@ def result(fields: Line, case: Line, found: Compiled) -> Line:
         "compile_seconds": round(found.compile_seconds, 1),
         "donation_aliases": found.donation_aliases,
         "cache_copies": found.cache_copies,
+        "cache_moves": found.cache_moves,
         "collectives": [dataclasses.asdict(collective) for collective in found.collectives],
         **({"refusal": found.refusal} if found.refusal else {}),
     }

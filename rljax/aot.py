@@ -332,7 +332,9 @@ class Compiled:
     alias_bytes: int = 0
     collectives: tuple[Collective, ...] = ()
     cache_copies: int = 0
-    """Copies as large as a layer's suffix cache inside the loops of a decode."""
+    """Copies as large as a layer's suffix cache inside the loops of a decode, within the main memory."""
+    cache_moves: int = 0
+    """The same between it and the fast memory, where the compiler takes a layer's cache to be read from there."""
     refusal: str = ""
     """The compiler's own words where it found that it does not fit; its counts are then not known."""
 
@@ -385,4 +387,5 @@ def compile_program(job: Job, program: str) -> Compiled:
         alias_bytes=memory.alias_size_in_bytes,
         collectives=module.collectives(),
         cache_copies=module.copies_in_loops(lowering.cache_bytes) if lowering.cache_bytes else 0,
+        cache_moves=module.copies_in_loops(lowering.cache_bytes, moves=True) if lowering.cache_bytes else 0,
     )

@@ -79,6 +79,8 @@ def describe(found: Compiled, planned_bytes: int) -> list[str]:
     ]
     if found.cache_copies:
         lines.append(f"  copies arrays as large as a layer's cache in each step: {found.cache_copies}")
+    if found.cache_moves:
+        lines.append(f"  takes such arrays into the fast memory or back in each step: {found.cache_moves}")
     for one in found.collectives:
         often = _LOOPS[min(one.loops, len(_LOOPS) - 1)]
         lines.append(f"  {one.count} {one.kind}, {one.bytes / 2**20:,.1f} MiB a device, {often}")

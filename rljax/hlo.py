@@ -16,6 +16,8 @@ _CALLED = re.compile(
     r"(condition|body|calls|to_apply|called_computations|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+_PLACED = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
 _BITS = re.compile(r"\d+")
 
 
@@ -40,6 +42,8 @@ class Instruction:
     """Of its results, together; of one that starts something of the largest, for its operands are named there too."""
     called: tuple[tuple[str, str], ...]
     """(role, computation), such as ("body", "while_body.3")."""
+    moves: bool = False
+    """It starts a copy from one of the chip's memories to another: TPU programs stage arrays in the fast one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Module:
                 ]
                 sizes = _array_bytes(found[1])
                 size = max(sizes, default=0) if found[2].endswith("-start") else sum(sizes)
-                computations[current].append(Instruction(found[2], size, tuple(called)))
+                moves = found[2] == "copy-start" and len(set(_memories(found[1])[:2])) == 2
+                computations[current].append(Instruction(found[2], size, tuple(called), moves))
         return cls({name: tuple(lines) for name, lines in computations.items()}, entry)
 
     def loops_of(self) -> dict[str, int]:
@@ -96,14 +101,25 @@ class Module:
                     found.setdefault((kind, loops), []).append(instruction.bytes)
         return tuple(Collective(*key, len(sizes), sum(sizes)) for key, sizes in sorted(found.items()))
 
-    def copies_in_loops(self, least_bytes: int) -> int:
-        """Copies of at least so many bytes inside loops."""
+    def copies_in_loops(self, least_bytes: int, *, moves: bool = False) -> int:
+        """Copies of at least so many bytes inside loops: within a memory, or moves from one to another."""
         return sum(
-            instruction.opcode in ("copy", "copy-start") and instruction.bytes >= least_bytes
+            instruction.opcode in ("copy", "copy-start")
+            and instruction.bytes >= least_bytes
+            and instruction.moves == moves
             for name, loops in self.loops_of().items()
             if loops
             for instruction in self.computations[name]
         )
+
+
+def _memories(shape: str) -> list[str]:
+    """Where the arrays of a result lie: "" is the main memory."""
+    found = []
+    for _, _, layout in _PLACED.findall(shape):
+        space = _SPACE.search(layout)
+        found.append(space[1] if space else "")
+    return found
 
 
 def _array_bytes(shape: str) -> list[int]:

@@ -39,6 +39,8 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0:
   %part = bf16[1,128]{1,0} fusion(%f), kind=kCustom, calls=%all-reduce-scatter.1
   %ag = (bf16[1,128]{1,0}, bf16[4,128]{1,0}) all-gather-start(%f), channel_id=1, dimensions={0}
   %got = bf16[4,128]{1,0} all-gather-done(%ag)
+  %staged = (bf16[4,128]{1,0:T(8,128)S(1)}, bf16[4,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%got)
+  %apart = (bf16[4,128]{1,0:T(8,128)}, bf16[4,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%got)
   ROOT %t = (s32[]{:T(128)}, /*index=1*/bf16[4,128]{1,0}) tuple(%i, %got)
 }
 
@@ -75,8 +77,9 @@ def test_collectives_are_counted_by_the_loops_they_are_in() -> None:
 
 def test_copies_outside_of_loops_and_small_ones_do_not_count() -> None:
     module = Module.parse(TEXT)
-    assert module.copies_in_loops(4 * 128 * 2) == 1  # the fused one
-    assert module.copies_in_loops(2 * 128 * 2) == 2
+    assert module.copies_in_loops(4 * 128 * 2) == 2  # the fused one and %apart
+    assert module.copies_in_loops(4 * 128 * 2, moves=True) == 1
+    assert module.copies_in_loops(2 * 128 * 2) == 3
     assert module.copies_in_loops(4 * 128 * 2 + 1) == 0
 
 
