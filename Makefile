@@ -20,8 +20,9 @@ demo: $(VENV)/demo  ## real SmolLM2-135M on real GSM8K problems, three steps
 	$(BIN)/rljax train configs/smollm2-gsm8k.yaml
 	test -d runs/smollm2-gsm8k/hf || $(BIN)/rljax convert runs/smollm2-gsm8k runs/smollm2-gsm8k/hf
 
+# A file's tests go to one worker: what they share, runs and programs, is made once.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 # What is left out is not a verifier; worker.py runs in processes that are not counted.
 coverage: $(VENV)/dev  ## branches of the rewards that their tests reach; fails where a verifier's is not

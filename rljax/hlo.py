@@ -16,7 +16,15 @@ _CALLED = re.compile(
     r"(condition|body|calls|to_apply|called_computations|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+_CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
+_BELOW = re.compile(r"^\s+ROOT %?[\w.\-]+ = pred\[\]\S* compare\(.*, %?([\w.\-]+)\), direction=LT")
+_GROUPS_BY_SHAPE = re.compile(r"replica_groups=\[([\d,]+)\]<=")
+_GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_GROUPS_BY_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}")
+_AXIS_SIZE = re.compile(r"'(\w+)'=(\d+)")
+_AXIS_NAME = re.compile(r"'(\w+)'")
 _PLACED = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _BITS = re.compile(r"\d+")
 
@@ -42,8 +50,33 @@ class Instruction:
     """Of its results, together; of one that starts something of the largest, for its operands are named there too."""
     called: tuple[tuple[str, str], ...]
     """(role, computation), such as ("body", "while_body.3")."""
+    channel: str = ""
+    """Of a collective; those of one channel are parts of one."""
+    devices: int = 1
+    """That a collective is among."""
     moves: bool = False
     """It starts a copy from one of the chip's memories to another: TPU programs stage arrays in the fast one."""
+
+    def sent_bytes(self, kind: str) -> float:
+        """By each device of a ring, as a collective of `kind`, one of `KINDS`."""
+        others = self.devices - 1
+        if kind == "collective-permute":
+            return self.bytes
+        if kind == "reduce-scatter":
+            return self.bytes * others
+        return self.bytes * others / self.devices * (2 if kind == "all-reduce" else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where in a program a computation is."""
+
+    loops: int
+    """It is inside of."""
+    unknown: int
+    """Of these, those whose number of turns is not in the text."""
+    turns: int
+    """Of the others, all together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,54 +85,78 @@ class Module:
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
+    limits: dict[str, int]
+    """What a condition compares the turn with, where that is a constant."""
 
     @classmethod
     def parse(cls, text: str) -> "Module":
         computations: dict[str, list[Instruction]] = {}
+        limits: dict[str, int] = {}
+        constants: dict[str, int] = {}
         entry, current = "", ""
         for line in text.splitlines():
             if head := _COMPUTATION.match(line):
-                current = head[1]
+                current, constants = head[1], {}
                 computations[current] = []
                 entry = current if line.startswith("ENTRY") else entry
             elif current and (found := _INSTRUCTION.match(line)):
-                called = [
-                    (role, name.strip().lstrip("%"))
-                    for role, several, one in _CALLED.findall(line)
-                    for name in (several or one).split(",")
-                ]
-                sizes = _array_bytes(found[1])
-                size = max(sizes, default=0) if found[2].endswith("-start") else sum(sizes)
-                moves = found[2] == "copy-start" and len(set(_memories(found[1])[:2])) == 2
-                computations[current].append(Instruction(found[2], size, tuple(called), moves))
-        return cls({name: tuple(lines) for name, lines in computations.items()}, entry)
+                computations[current].append(_instruction(line, found[1], found[2]))
+                if number := _CONSTANT.match(line):
+                    constants[number[1]] = int(number[2])
+                elif (compared := _BELOW.match(line)) and compared[1] in constants:
+                    limits[current] = constants[compared[1]]
+        return cls({name: tuple(lines) for name, lines in computations.items()}, entry, limits)
 
-    def loops_of(self) -> dict[str, int]:
-        """How many loops each computation that is reached is inside; of several places the outermost."""
-        depth, left = {self.entry: 0}, [self.entry]
+    def places(self) -> dict[str, Place]:
+        """Of each computation that is reached; of several places the one inside the fewest loops."""
+        found, left = {self.entry: Place(0, 0, 1)}, [self.entry]
         while left:
             name = left.pop()
+            here = found[name]
             for instruction in self.computations.get(name, ()):
+                roles = dict(instruction.called)
                 for role, called in instruction.called:
-                    inside = depth[name] + (instruction.opcode == "while" and role in ("body", "condition"))
-                    if called in self.computations and inside < depth.get(called, 1 << 30):
-                        depth[called] = inside
+                    inside = here
+                    if instruction.opcode == "while" and role in ("body", "condition"):
+                        turns = self.limits.get(roles.get("condition", ""))
+                        inside = Place(here.loops + 1, here.unknown + (turns is None), here.turns * (turns or 1))
+                    if called in self.computations and (called not in found or inside.loops < found[called].loops):
+                        found[called] = inside
                         left.append(called)
-        return depth
+        return found
 
-    def collectives(self) -> tuple[Collective, ...]:
-        """By kind and number of loops. An asynchronous one counts where it starts. A reduce-scatter of the TPU compiler
+    def _collectives(self) -> list[tuple[str, Place, Instruction]]:
+        """Each once: (kind, place, instruction). An asynchronous one where it starts, and only there where the TPU
+        compiler has it go on beside several products, each fused with a part of it. A reduce-scatter of that compiler
         is a computation with a sum and a slice, whose result is the last line."""
-        found: dict[tuple[str, int], list[int]] = {}
-        for name, loops in self.loops_of().items():
-            if name.startswith("all-reduce-scatter"):
-                found.setdefault(("reduce-scatter", loops), []).append(self.computations[name][-1].bytes)
-                continue
+        found, seen = [], set()
+        for name, place in self.places().items():
+            scatters = name.startswith("all-reduce-scatter")
             for instruction in self.computations[name]:
                 kind = instruction.opcode.removesuffix("-start")
-                if kind in KINDS:
-                    found.setdefault((kind, loops), []).append(instruction.bytes)
+                if kind not in KINDS or instruction.channel in seen:
+                    continue
+                seen |= {instruction.channel} - {""}
+                if scatters:
+                    kind, last = "reduce-scatter", self.computations[name][-1]
+                    instruction = dataclasses.replace(instruction, bytes=last.bytes)
+                found.append((kind, place, instruction))
+        return found
+
+    def collectives(self) -> tuple[Collective, ...]:
+        """By kind and number of loops."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for kind, place, instruction in self._collectives():
+            found.setdefault((kind, place.loops), []).append(instruction.bytes)
         return tuple(Collective(*key, len(sizes), sum(sizes)) for key, sizes in sorted(found.items()))
+
+    def sent_bytes(self) -> dict[int, float]:
+        """What each device sends in collectives, by the number of loops of unknown length they are inside: in one turn
+        of each of these, and in all turns of the loops whose length is known."""
+        found: dict[int, float] = {}
+        for kind, place, instruction in self._collectives():
+            found[place.unknown] = found.get(place.unknown, 0.0) + place.turns * instruction.sent_bytes(kind)
+        return dict(sorted(found.items()))
 
     def copies_in_loops(self, least_bytes: int, *, moves: bool = False) -> int:
         """Copies of at least so many bytes inside loops: within a memory, or moves from one to another."""
@@ -107,19 +164,42 @@ class Module:
             instruction.opcode in ("copy", "copy-start")
             and instruction.bytes >= least_bytes
             and instruction.moves == moves
-            for name, loops in self.loops_of().items()
-            if loops
+            for name, place in self.places().items()
+            if place.loops
             for instruction in self.computations[name]
         )
 
 
+def _instruction(line: str, result: str, opcode: str) -> Instruction:
+    called = tuple(
+        (role, name.strip().lstrip("%"))
+        for role, several, one in _CALLED.findall(line)
+        for name in (several or one).split(",")
+    )
+    sizes = _array_bytes(result)
+    size = max(sizes, default=0) if opcode.endswith("-start") else sum(sizes)
+    channel = _CHANNEL.search(line)
+    moves = opcode == "copy-start" and len(set(_memories(result)[:2])) == 2
+    return Instruction(opcode, size, called, channel[1] if channel else "", _group_size(line), moves)
+
+
+def _group_size(line: str) -> int:
+    """Devices of each replica group: `[2,4]<=[8]` has groups of 4, `{{0,1},{2,3}}` of 2, and
+    `mesh['a'=4,'b'=2] {'b'}` of 2."""
+    if found := _GROUPS_BY_SHAPE.search(line):
+        return int(found[1].split(",")[-1])
+    if found := _GROUPS_LISTED.search(line):
+        return len(found[1].split(","))
+    if found := _GROUPS_BY_AXES.search(line):
+        sizes = dict(_AXIS_SIZE.findall(found[1]))
+        return math.prod(int(sizes[axis]) for axis in _AXIS_NAME.findall(found[2]))
+    return 1
+
+
 def _memories(shape: str) -> list[str]:
     """Where the arrays of a result lie: "" is the main memory."""
-    found = []
-    for _, _, layout in _PLACED.findall(shape):
-        space = _SPACE.search(layout)
-        found.append(space[1] if space else "")
-    return found
+    spaces = (_SPACE.search(layout) for _, _, layout in _PLACED.findall(shape))
+    return [space[1] if space else "" for space in spaces]
 
 
 def _array_bytes(shape: str) -> list[int]:

@@ -44,6 +44,28 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0:
   ROOT %t = (s32[]{:T(128)}, /*index=1*/bf16[4,128]{1,0}) tuple(%i, %got)
 }
 
+%async_collective_fusion.1 (r: bf16[4,128]) -> bf16[4,128] {
+  %begun = bf16[8,128]{1,0} all-gather(%r), channel_id=9, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %first = bf16[4,128]{1,0} add(%r, %r)
+}
+
+%async_collective_fusion.2 (r: bf16[4,128]) -> bf16[4,128] {
+  %goes.on = bf16[8,128]{1,0} all-gather(%r), channel_id=9, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %second = bf16[4,128]{1,0} add(%r, %r)
+}
+
+%fixed_body (arg: (s32[], bf16[4,128])) -> (s32[], bf16[4,128]) {
+  %one = bf16[4,128]{1,0} fusion(%arg), kind=kOutput, calls=%async_collective_fusion.1
+  %two = bf16[4,128]{1,0} fusion(%arg), kind=kOutput, calls=%async_collective_fusion.2
+  %next = bf16[2,128]{1,0} collective-permute(%two), channel_id=10, source_target_pairs={{0,1},{1,0}}
+  ROOT %both = (s32[], bf16[4,128]{1,0}) tuple(%i, %two)
+}
+
+%fixed_condition (arg: (s32[], bf16[4,128])) -> pred[] {
+  %layers = s32[]{:T(128)} constant(28)
+  ROOT %below = pred[]{:T(512)} compare(%turn, %layers), direction=LT
+}
+
 %inner_condition (arg: (s32[], bf16[4,128])) -> pred[] {
   %any = u32[]{:T(128)} all-reduce(%live), to_apply=%add.1
   ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
@@ -51,6 +73,7 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0:
 
 %outer_body (arg: (s32[], bf16[4,128])) -> (s32[], bf16[4,128]) {
   %loop = (s32[]{:T(128)}, bf16[4,128]{1,0}) while(%arg), condition=%inner_condition, body=%inner_body
+  %stack = (s32[]{:T(128)}, bf16[4,128]{1,0}) while(%loop), condition=%fixed_condition, body=%fixed_body
   ROOT %ar = f32[8,16]{1,0:T(8,128)} all-reduce(%y), replica_groups=[1,4]<=[4], to_apply=%add.1
 }
 
@@ -67,12 +90,37 @@ ENTRY %main (p0: f32[8,16]) -> f32[8,16] {
 
 def test_collectives_are_counted_by_the_loops_they_are_in() -> None:
     assert Module.parse(TEXT).collectives() == (
-        Collective("all-gather", loops=2, count=1, bytes=4 * 128 * 2),
+        Collective("all-gather", loops=2, count=2, bytes=(4 + 8) * 128 * 2),
         Collective("all-reduce", loops=0, count=2, bytes=(2 * 8 * 16 + 2) * 4),
         Collective("all-reduce", loops=1, count=2, bytes=8 * 16 * 4 + 4),
+        Collective("collective-permute", loops=2, count=1, bytes=2 * 128 * 2),
         Collective("reduce-scatter", loops=0, count=1, bytes=2 * 16 * 4),
         Collective("reduce-scatter", loops=2, count=1, bytes=128 * 2),
     )
+
+
+def test_bytes_sent_are_those_of_all_turns_that_are_known() -> None:
+    """In a turn of the outer loop: a sum among 4 sends 2 * 3/4 of it, a gather 3/4, 28 times that of the stack."""
+    sent = Module.parse(TEXT).sent_bytes()
+    stack = 28 * (8 * 128 * 2 * 3 / 4 + 2 * 128 * 2)
+    assert sent[1] == 2 * 8 * 16 * 4 * 3 / 4 + stack
+    assert sent[2] == 128 * 2 * 3  # reduce-scatter among 4; the other gather names no group
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("replica_groups=[2,4]<=[4,2]T(1,0), dimensions={2}", 4),
+        ("replica_groups={{0,2,4},{1,3,5}}, to_apply=%sum", 3),
+        ("replica_groups=mesh['a'=4,'b'=2,'c'=1] {'a','b'}, dimensions={1}", 8),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, use_global_device_ids=true", 4),
+        ("source_target_pairs={{0,1},{1,0}}", 1),
+    ],
+)
+def test_devices_of_a_group(groups: str, devices: int) -> None:
+    line = f"  %x = bf16[4,128]{{1,0}} all-gather(%y), channel_id=3, {groups}"
+    (found,) = Module.parse(f"ENTRY %main (y: bf16[1]) -> bf16[4] {{\n{line}\n}}").computations["main"]
+    assert found.devices == devices
 
 
 def test_copies_outside_of_loops_and_small_ones_do_not_count() -> None:

@@ -14,11 +14,7 @@ import pytest
 TIMEOUT_SECONDS = 1500
 """Of all programs, whose compiling alone takes minutes on two slow cores."""
 
-pytestmark = [
-    # What is compared is made once: in two workers it would be twice.
-    pytest.mark.xdist_group("devices"),
-    pytest.mark.timeout(TIMEOUT_SECONDS + 60),
-]
+pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 
 SCRIPT = r"""
 import dataclasses, json, math, re, sys

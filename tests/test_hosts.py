@@ -33,8 +33,6 @@ from rljax.rewards.pool import Verdict
 from rljax.types import Rollouts, prompt_block
 from rljax.watchdog import STUCK
 
-pytestmark = pytest.mark.xdist_group("hosts")
-"""Its runs are shared: in two workers they would be made twice."""
 TIMEOUT_SECONDS = 250
 """Of a run, which takes a twentieth of this on two idle cores."""
 STEPS = 8
