@@ -94,7 +94,7 @@ SCALING = [
 def done(file: Path) -> set[str]:
     """What of the table `file` holds: identities as JSON."""
     lines = [json.loads(text) for text in file.read_text().splitlines()] if file.is_file() else []
-    known = [made["case"] for made in lines if "sent_mib" in made]  # older lines counted collectives more than once
+    known = [made["case"] for made in lines if "traffic" in made]  # older lines counted collectives more than once
     return {json.dumps({k: v for k, v in case.items() if k not in ("batch", "fits")}) for case in known}
 
 
@@ -114,7 +114,10 @@ def result(fields: Line, case: Line, found: Compiled) -> Line:
         "donation_aliases": found.donation_aliases,
         "cache_copies": found.cache_copies,
         "cache_moves": found.cache_moves,
-        "sent_mib": {str(loops): round(sent / 2**20, 3) for loops, sent in found.sent_bytes.items()},
+        "traffic": {
+            str(loops): {"collectives": sent.count, "mib": round(sent.bytes / 2**20, 3)}
+            for loops, sent in found.traffic.items()
+        },
         "collectives": [dataclasses.asdict(collective) for collective in found.collectives],
         **({"refusal": found.refusal} if found.refusal else {}),
     }

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from rljax.config import AlgorithmConfig, Architecture, ConfigError, OptimizerConfig
 from rljax.costs import num_params
-from rljax.hlo import Collective, Module
+from rljax.hlo import Collective, Module, Traffic
 from rljax.mesh import LEARNER_RULES, microbatch_sharding, num_row_shards, param_shardings, replicated
 from rljax.models import qwen2
 from rljax.rl.learner import reference_dtype, state_shapes, update_shape
@@ -331,9 +331,9 @@ class Compiled:
     temporary_bytes: int = 0
     alias_bytes: int = 0
     collectives: tuple[Collective, ...] = ()
-    sent_bytes: dict[int, float] = dataclasses.field(default_factory=dict)
-    """By a chip in collectives, as `hlo.Module.sent_bytes`: of an update under 1 those of a micro-batch, but for what
-    each chunk of its loss head sends, which is under 2."""
+    traffic: dict[int, Traffic] = dataclasses.field(default_factory=dict)
+    """What a chip sends, as `hlo.Module.traffic`: of an update under 1 in a micro-batch, but for what it sends in each
+    chunk of its loss head, which is under 2."""
     cache_copies: int = 0
     """Copies as large as a layer's suffix cache inside the loops of a decode, within the main memory."""
     cache_moves: int = 0
@@ -389,7 +389,7 @@ def compile_program(job: Job, program: str) -> Compiled:
         temporary_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         collectives=module.collectives(),
-        sent_bytes=module.sent_bytes(),
+        traffic=module.traffic(),
         cache_copies=module.copies_in_loops(lowering.cache_bytes) if lowering.cache_bytes else 0,
         cache_moves=module.copies_in_loops(lowering.cache_bytes, moves=True) if lowering.cache_bytes else 0,
     )

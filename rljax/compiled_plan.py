@@ -84,6 +84,9 @@ def describe(found: Compiled, planned_bytes: int) -> list[str]:
     for one in found.collectives:
         often = _LOOPS[min(one.loops, len(_LOOPS) - 1)]
         lines.append(f"  {one.count} {one.kind}, {one.bytes / 2**20:,.1f} MiB a device, {often}")
+    for loops, sent in found.traffic.items():
+        often = "outside of them" if not loops else "in a turn of the outermost" if loops == 1 else f"{loops} deep"
+        lines.append(f"  sent with loops of known length counted out, {often}: {sent.bytes / 2**20:,.1f} MiB")
     return lines
 
 

@@ -42,6 +42,18 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a device sends in collectives."""
+
+    count: int = 0
+    """Of collectives."""
+    bytes: float = 0.0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.count + other.count, self.bytes + other.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
 class Instruction:
     """One line of a computation."""
 
@@ -150,12 +162,13 @@ class Module:
             found.setdefault((kind, place.loops), []).append(instruction.bytes)
         return tuple(Collective(*key, len(sizes), sum(sizes)) for key, sizes in sorted(found.items()))
 
-    def sent_bytes(self) -> dict[int, float]:
-        """What each device sends in collectives, by the number of loops of unknown length they are inside: in one turn
-        of each of these, and in all turns of the loops whose length is known."""
-        found: dict[int, float] = {}
+    def traffic(self) -> dict[int, Traffic]:
+        """By the number of loops of unknown length that collectives are inside: in one turn of each of these, and in
+        all turns of the loops whose length is known."""
+        found: dict[int, Traffic] = {}
         for kind, place, instruction in self._collectives():
-            found[place.unknown] = found.get(place.unknown, 0.0) + place.turns * instruction.sent_bytes(kind)
+            sent = Traffic(place.turns, place.turns * instruction.sent_bytes(kind))
+            found[place.unknown] = found.get(place.unknown, Traffic()) + sent
         return dict(sorted(found.items()))
 
     def copies_in_loops(self, least_bytes: int, *, moves: bool = False) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from rljax.aot import SLICES, has_libtpu, tpu_devices
 from rljax.config import ConfigError
-from rljax.hlo import Collective, Module
+from rljax.hlo import Collective, Module, Traffic
 
 TEXT = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0:T(8,128)})->f32[8,16]{1,0:T(8,128)}}
@@ -101,10 +101,10 @@ def test_collectives_are_counted_by_the_loops_they_are_in() -> None:
 
 def test_bytes_sent_are_those_of_all_turns_that_are_known() -> None:
     """In a turn of the outer loop: a sum among 4 sends 2 * 3/4 of it, a gather 3/4, 28 times that of the stack."""
-    sent = Module.parse(TEXT).sent_bytes()
+    sent = Module.parse(TEXT).traffic()
     stack = 28 * (8 * 128 * 2 * 3 / 4 + 2 * 128 * 2)
-    assert sent[1] == 2 * 8 * 16 * 4 * 3 / 4 + stack
-    assert sent[2] == 128 * 2 * 3  # reduce-scatter among 4; the other gather names no group
+    assert sent[1] == Traffic(1 + 1 + 28 * 2, 2 * 8 * 16 * 4 * 3 / 4 + stack)
+    assert sent[2] == Traffic(2, 128 * 2 * 3)  # reduce-scatter among 4; the other gather names no group
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ import roofline  # noqa: E402
 import sampling  # noqa: E402
 import simulate  # noqa: E402
 import table  # noqa: E402
+import weak_scaling  # noqa: E402
 from contenders import Rljax, Void, load_sampler  # noqa: E402
 from models import model_folder  # noqa: E402
 from peers.protocol import Turns, split_by_rows  # noqa: E402
@@ -537,3 +538,47 @@ def test_peers_continue_as_rljax_does(folder: Path) -> None:
     finally:
         for worker in workers:
             worker.close()
+
+
+# -------------------------------------------------------------------------------------------------------- weak scaling
+
+
+def an_update(chips: int, mib: float) -> dict[str, Any]:
+    case = {
+        "model": "7b",
+        "program": "update",
+        "slice": f"v6e-{chips}",
+        "mesh": f"fsdp {chips // 4} x tensor 4",
+        "batch": f"4 x {chips // 4} x 6144, remat full",
+        "lengths": "2048 + 4096",
+    }
+    traffic = {"0": {"collectives": 3, "mib": 1.0}, "1": {"collectives": 100, "mib": mib}}
+    traffic["2"] = {"collectives": 2, "mib": 10.0}
+    return {**made(bench="aot", case=case, metric="memory"), "traffic": traffic}
+
+
+def test_what_an_update_sends_and_how_long_that_takes() -> None:
+    update = weak_scaling.Update(an_update(8, 1000.0))
+    assert (update.where.chips, update.row_shards, update.tokens, update.remat) == (8, 2, 6144, "full")
+    size, count = update.sent()
+    assert size == (1000 + 6 * 10) * 2**20 and count == 100 + 6 * 2  # six chunks of 1,024 tokens
+    seconds = update.seconds()
+    assert seconds["links"] == pytest.approx(1060 * 2**20 / (2 * 9e10))
+    assert seconds["hops"] == pytest.approx(112 * 1e-6 * 2 / 2)
+    layers, head = 28 * (3584 * 3584 * 2 + 2 * 3584 * 512 + 3 * 3584 * 18944), 3584 * 152064
+    assert seconds["compute"] == pytest.approx(6144 * (8 * layers + 6 * head) / 4 / 918e12)
+
+
+def test_the_page_says_where_links_limit_a_size() -> None:
+    compute = weak_scaling.Update(an_update(8, 0.0)).seconds()["compute"] / 0.28
+    enough = compute * 2 * 9e10 / 2**20  # MiB that links send in that time
+    text = weak_scaling.page([an_update(8, 0.5 * enough), an_update(64, 1.5 * enough)])
+    assert "they are what limits it from 64 chips on" in text
+    assert "so they hide behind it" in weak_scaling.page([an_update(8, 0.5 * enough), an_update(64, 0.5 * enough)])
+    # 128 prompts of 150 tokens with 8 completions of 800 each: 136 micro-batches of 6,144 slots, on 4 chips each.
+    assert "838 thousand tokens an update: it fills one micro-batch on each of 544 chips" in text
+
+
+def test_the_page_of_weak_scaling_is_current() -> None:
+    lines = table.read([common.RESULTS / "weak_scaling.jsonl"])
+    assert weak_scaling.page(lines) == weak_scaling.PAGE.read_text()
