@@ -6,6 +6,7 @@ Each is a `rljax train` of its own on this machine, with CPU devices that are fo
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -22,6 +23,9 @@ import pytest
 from conftest import make_prompts
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
+
+sys.path.insert(0, str(Path(__file__).with_name("tpu_scripts")))
+from pod import open_pod, wait_for
 
 from rljax import hosts
 from rljax.cli import USAGE_ERROR
@@ -102,12 +106,7 @@ class Processes:
         self._all = []
         self._logs = [log.with_name(f"{log.name}.{time.time_ns()}.{index}.log") for index in range(len(commands))]
         for index, (command, said) in enumerate(zip(commands, self._logs, strict=True)):
-            environment = os.environ | {
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # programs run a few times here, and take long to optimise
-                "JAX_NUM_PROCESSES": str(len(commands)),
-            }
+            environment = os.environ | surroundings(devices) | {"JAX_NUM_PROCESSES": str(len(commands))}
             if len(commands) > 1:
                 environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
             with said.open("w") as out:
@@ -150,6 +149,22 @@ UNHEARD = ("-c", "from rljax import cli, hosts; hosts._HEARTBEAT_SECONDS = 1000;
 """The same, where heartbeats say nothing: on a slow machine a watchdog is slower than they are."""
 
 
+def surroundings(devices: int) -> dict[str, str]:
+    """Environment of a process with so many devices."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # programs run a few times here, and take long to optimise
+    }
+
+
+def flags_of(folder: Path, run: Path, own: Mapping[str, Any] = {}, **settings: Any) -> list[str]:
+    """`SETTINGS` with what is changed, as flags; the reward is that of `folder`."""
+    given = SETTINGS | {"run_dir": run, "reward.file": f"{folder / 'reward.py'}:score"}
+    given |= {name.replace("__", "."): value for name, value in settings.items()} | dict(own)
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
 def train(
     run: Path,
     count: int,
@@ -166,12 +181,7 @@ def train(
       each: settings of each process, by their dotted names.
       settings: of all, as `checkpoint__every`.
     """
-    given = SETTINGS | {"run_dir": run, "reward.file": f"{run.parent / 'reward.py'}:score"}
-    given |= {name.replace("__", "."): value for name, value in settings.items()}
-    commands = []
-    for own in each or [{}] * count:
-        flags = [f"--{name}={value}" for name, value in (given | dict(own)).items()]
-        commands.append([*rljax, "train", *flags])
+    commands = [[*rljax, "train", *flags_of(run.parent, run, own, **settings)] for own in each or [{}] * count]
     return Processes(run, devices, commands)
 
 
@@ -300,6 +310,32 @@ def test_a_preempted_run_goes_on_to_the_same_bits(preempted: tuple[Path, Ended],
     train(run, 2, 2, checkpoint__every=100).succeed()
     assert digests_of(run, STEPS) == digests_of(together, STEPS)
     assert [row["reward/mean"] for row in metrics_of(run)[1:]] == [r["reward/mean"] for r in metrics_of(together)[1:]]
+
+
+def test_a_pod_that_is_told_to_stop_is_launched_again_and_ends_in_the_same_bits(
+    together: Path, folder: Path, tmp_path: Path
+) -> None:
+    """By tpu_scripts/supervise.sh on two workers of a fake cloud, with the code that it synced to them."""
+    slow = folder / "slow"
+    slow.touch()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        told = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": 2}
+    told |= surroundings(2) | {"JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
+    with open_pod(tmp_path) as pod:
+        words = [*(f"{name}={value}" for name, value in told.items()), sys.executable]
+        words += [*RLJAX, "train", *flags_of(folder, pod.run_dir, checkpoint__every=100)]
+        pod.configure(TRAIN_COMMAND=f"env JAX_PROCESS_ID=$RLJAX_WORKER {shlex.join(words)}", SAVE_SECONDS=60)
+        process = pod.start("supervise")
+        log = pod.host(0) / "attempts" / "0001" / "log"
+        wait_for(lambda: log.exists() and f"step 1/{STEPS}" in log.read_text())
+        pod.signal(1, signal.SIGTERM)
+        slow.unlink()
+        _, said = process.communicate(timeout=2 * TIMEOUT_SECONDS)
+        assert process.returncode == 0, said
+        assert "exit codes: 75 75" in said
+        assert [line.split()[1] for line in pod.history()] == ["relaunch,", "done,"]
+        assert digests_of(pod.run_dir, STEPS) == digests_of(together, STEPS)
 
 
 def test_one_process_goes_on_where_two_stopped(preempted: tuple[Path, Ended], together: Path, folder: Path) -> None:
