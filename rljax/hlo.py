@@ -16,8 +16,12 @@ _CALLED = re.compile(
     r"(condition|body|calls|to_apply|called_computations|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
-_CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
-_BELOW = re.compile(r"^\s+ROOT %?[\w.\-]+ = pred\[\]\S* compare\(.*, %?([\w.\-]+)\), direction=LT")
+_CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_PART = re.compile(r"^\s+%?([\w.\-]+) = [su]32\[\]\S* get-tuple-element\(\S+\), index=(\d+)")
+_SUM = re.compile(r"^\s+%?([\w.\-]+) = [su]32\[\]\S* add\(%?([\w.\-]+), %?([\w.\-]+)\)")
+_STATE = re.compile(r"^\s+ROOT %?[\w.\-]+ = \(.*\) tuple\((.*?)\)(?:,|$)")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_BELOW = re.compile(r"^\s+ROOT %?[\w.\-]+ = pred\[\]\S* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _GROUPS_BY_SHAPE = re.compile(r"replica_groups=\[([\d,]+)\]<=")
 _GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _GROUPS_BY_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}")
@@ -79,6 +83,39 @@ class Instruction:
         return self.bytes * others / self.devices * (2 if kind == "all-reduce" else 1)
 
 
+@dataclasses.dataclass
+class Counter:
+    """What a computation says of the counter of a loop, if it is the condition or the body of one."""
+
+    limit: tuple[int, int] = (0, 0)
+    """(place in the loop's state, what it must be below); 0 and 0: it compares nothing with a constant."""
+    _constants: dict[str, int] = dataclasses.field(default_factory=dict)
+    _places: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of parts of the state, by name."""
+    _sums: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    _result: list[str] = dataclasses.field(default_factory=list)
+
+    def read(self, line: str) -> None:
+        """Takes in a line of the computation."""
+        if found := _CONSTANT.match(line):
+            self._constants[found[1]] = int(found[2])
+        elif found := _PART.match(line):
+            self._places[found[1]] = int(found[2])
+        elif found := _SUM.match(line):
+            self._sums[found[1]] = found[2], found[3]
+        elif found := _STATE.match(line):
+            self._result = [name.strip().lstrip("%") for name in _COMMENT.sub("", found[1]).split(",")]
+        elif (found := _BELOW.match(line)) and found[1] in self._places and found[2] in self._constants:
+            self.limit = self._places[found[1]], self._constants[found[2]]
+
+    def step(self, place: int) -> int:
+        """What a turn adds to the part of the state at `place`; 0: it is not to be seen."""
+        names = self._sums.get(self._result[place], ()) if place < len(self._result) else ()
+        if not any(self._places.get(name) == place for name in names):
+            return 0
+        return next((self._constants[name] for name in names if name in self._constants), 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where in a program a computation is."""
@@ -97,27 +134,33 @@ class Module:
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
-    limits: dict[str, int]
-    """What a condition compares the turn with, where that is a constant."""
+    counters: dict[str, Counter]
+    """Those of conditions and bodies of loops."""
 
     @classmethod
     def parse(cls, text: str) -> "Module":
         computations: dict[str, list[Instruction]] = {}
-        limits: dict[str, int] = {}
-        constants: dict[str, int] = {}
+        counters: dict[str, Counter] = {}
         entry, current = "", ""
         for line in text.splitlines():
             if head := _COMPUTATION.match(line):
-                current, constants = head[1], {}
-                computations[current] = []
+                current = head[1]
+                computations[current], counters[current] = [], Counter()
                 entry = current if line.startswith("ENTRY") else entry
             elif current and (found := _INSTRUCTION.match(line)):
                 computations[current].append(_instruction(line, found[1], found[2]))
-                if number := _CONSTANT.match(line):
-                    constants[number[1]] = int(number[2])
-                elif (compared := _BELOW.match(line)) and compared[1] in constants:
-                    limits[current] = constants[compared[1]]
-        return cls({name: tuple(lines) for name, lines in computations.items()}, entry, limits)
+                counters[current].read(line)
+        return cls({name: tuple(lines) for name, lines in computations.items()}, entry, counters)
+
+    def turns(self, loop: Instruction) -> int | None:
+        """Of a while loop from 0 to a constant; None: it is not to a constant. Where the step is fused with something
+        else it is taken to be 1, as in every loop of JAX; XLA's own, round the devices of a ring, say theirs."""
+        roles = dict(loop.called)
+        if not {"condition", "body"} <= roles.keys() or roles["condition"] not in self.counters:
+            return None
+        place, limit = self.counters[roles["condition"]].limit
+        step = self.counters[roles["body"]].step(place)
+        return -(-limit // (step or 1)) if limit else None
 
     def places(self) -> dict[str, Place]:
         """Of each computation that is reached; of several places the one inside the fewest loops."""
@@ -126,11 +169,10 @@ class Module:
             name = left.pop()
             here = found[name]
             for instruction in self.computations.get(name, ()):
-                roles = dict(instruction.called)
+                turns = self.turns(instruction) if instruction.opcode == "while" else None
                 for role, called in instruction.called:
                     inside = here
                     if instruction.opcode == "while" and role in ("body", "condition"):
-                        turns = self.limits.get(roles.get("condition", ""))
                         inside = Place(here.loops + 1, here.unknown + (turns is None), here.turns * (turns or 1))
                     if called in self.computations and (called not in found or inside.loops < found[called].loops):
                         found[called] = inside
