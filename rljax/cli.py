@@ -293,10 +293,14 @@ def _plan(argv: list[str]) -> None:
 
     switches = {"--search": "--plan.search=true", "--compile": "--plan.compile=true"}
     config = parse_config([switches.get(argument, argument) for argument in argv], prog="rljax plan")
-    from rljax.plan import plan_command
+    from rljax.plan import plan_command, planned
 
-    for line in plan_command(config):
-        print(line, flush=True)
+    print("\n".join(plan_command(config)), flush=True)
+    if config.plan.compile:
+        from rljax.compiled_plan import compiled_lines
+
+        for line in compiled_lines(planned(config)):
+            print(line, flush=True)
 
 
 def _data(argv: list[str]) -> None:

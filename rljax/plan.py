@@ -6,7 +6,6 @@ Memory is planned for the longest prompts and completions (`footprint.py`), time
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 from rljax.config import ARCHITECTURES, Architecture, ConfigError, MeshConfig, RunConfig
@@ -149,11 +148,11 @@ def _whole(mesh: MeshConfig, where: Slice) -> MeshConfig:
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def plan_command(config: RunConfig) -> Iterator[str]:
-    """Lines that `rljax plan` prints.
+def planned(config: RunConfig) -> Plan:
+    """The run on the slice and mesh that the config names, or with `plan.search` on those that are found for it.
 
     Raises:
-      ConfigError: no slice is given, or the config does not go together with it; the compiler was asked and refuses.
+      ConfigError: no slice is given, or the config does not go together with it.
     """
     generation = config.plan.slice.strip().lower().partition("-")[0]
     if not generation:
@@ -161,21 +160,25 @@ def plan_command(config: RunConfig) -> Iterator[str]:
             f"plan.slice is empty; give --plan.slice v5p-128, or with --search a generation: {', '.join(CHIPS)}"
         )
     if config.plan.search:
-        plan = search(config, generation)
-        yield from describe(plan)
-    else:
-        where = slice_named(config.plan.slice)
-        arch = architecture_of(config)
-        mesh = planned_meshes(config).get(where.name, config.mesh)
-        check_divides(arch, _whole(mesh, where))
-        plan = plan_run(config, where, mesh, arch)
-        yield from describe(plan)
-        yield _recommendation(plan, recommended(config, where, arch))
-    yield from _listed(config)
-    if config.plan.compile:
-        from rljax.compiled_plan import compiled_lines
+        return search(config, generation)
+    where = slice_named(config.plan.slice)
+    arch = architecture_of(config)
+    mesh = planned_meshes(config).get(where.name, config.mesh)
+    check_divides(arch, _whole(mesh, where))
+    return plan_run(config, where, mesh, arch)
 
-        yield from compiled_lines(plan)
+
+def plan_command(config: RunConfig) -> list[str]:
+    """What `rljax plan` prints, the compiler aside.
+
+    Raises:
+      ConfigError: as `planned`.
+    """
+    plan = planned(config)
+    lines = describe(plan)
+    if not config.plan.search:
+        lines.append(_recommendation(plan, recommended(config, plan.where, plan.setting.arch)))
+    return [*lines, *_listed(config)]
 
 
 def _recommendation(plan: Plan, best: Plan | None) -> str:

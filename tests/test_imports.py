@@ -30,7 +30,7 @@ LEVELS = [
     {"policy", "footprint"},
     {"evaluate", "sft", "sample", "export", "steptime", "aot"},
     {"train", "plan", "scaling"},
-    {"plan_page"},
+    {"plan_page", "compiled_plan"},
     {"cli"},
 ]
 """From the bottom up. A module may import those below it, and its own parts."""

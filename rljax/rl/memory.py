@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from rljax.config import Architecture
 from rljax.costs import update_bytes
-from rljax.hosts import least
+from rljax.hosts import least, processes_of
 from rljax.mesh import free_bytes, num_row_shards
 from rljax.models.attention import choose_backend
 from rljax.models.scoring import chunk_tokens
@@ -60,7 +60,7 @@ def choose_remat(
       trained_params: those that have a gradient.
       free: bytes of a device; None: what the fullest has now.
     """
-    free = least(free_bytes(mesh) >> 20, mesh) << 20 if free is None else free  # whole MiB, which an int32 counts
+    free = _free_everywhere(mesh) if free is None else free
     tokens = shape.rows * shape.positions // num_row_shards(mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     with jax.set_mesh(mesh):
@@ -94,3 +94,9 @@ def choose_remat(
             tokens,
         )
     return chosen
+
+
+def _free_everywhere(mesh: Mesh) -> int:
+    """Bytes on the fullest device of all processes; of several in whole MiB, which an int32 counts."""
+    free = free_bytes(mesh)
+    return free if len(processes_of(mesh)) == 1 else least(free >> 20, mesh) << 20

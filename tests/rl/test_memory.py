@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from rljax.config import AlgorithmConfig, Architecture, OptimizerConfig
@@ -89,16 +88,16 @@ def test_a_rung_that_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch, mes
 
 def test_processes_agree_on_what_the_fullest_has_room_for(monkeypatch: pytest.MonkeyPatch, mesh: Any) -> None:
     little = int(estimate("dots") / 0.9) + 2**20
-    gathered = []
+    told = []
 
-    def gather(own: np.ndarray) -> np.ndarray:
-        gathered.append(own)
-        return np.stack([own, np.array([little >> 20], np.int32)])
+    def least(own: int, mesh: Any) -> int:
+        told.append(own)
+        return min(own, little >> 20)
 
-    monkeypatch.setattr("rljax.rl.memory.multihost_utils.process_allgather", gather)
-    monkeypatch.setattr("rljax.rl.memory.jax.process_count", lambda: 2)
+    monkeypatch.setattr("rljax.rl.memory.least", least)
+    monkeypatch.setattr("rljax.rl.memory.processes_of", lambda mesh: (0, 1))
     assert choose(monkeypatch, mesh, 2**37).rung == "dots"
-    assert [own.tolist() for own in gathered] == [[2**17]] and gathered[0].dtype == np.int32
+    assert told == [2**17]
 
 
 def test_free_memory_is_that_of_the_fullest_device() -> None:
