@@ -21,6 +21,7 @@ from rljax.models.scoring import MAX_CHUNK
 from rljax.steptime import HOP_SECONDS
 
 PAGE = RESULTS / "weak_scaling.md"
+SIZES = [name.removeprefix("qwen2.5-") for name in ARCHITECTURES if name.startswith("qwen2.5-")]
 PROMPTS, UPDATES = 512, AlgorithmConfig.updates_per_step
 """Of a step of the paper's."""
 
@@ -111,12 +112,16 @@ def verdict(updates: list[Update]) -> str:
     growth = last.sent()[0] / first.sent()[0] - 1
     stops = next((update for update in updates if update.ratio > 1), None)
     hop = last.seconds()["hops"] / (last.seconds()["compute"] / plan.learner_share)
-    said = (
-        f"**{last.case['model']}**: from {first.where.chips} to {last.where.chips} chips a chip sends "
-        f"{100 * growth:+.0f} % a micro-batch; links take {first.ratio:.2f} to {last.ratio:.2f} of the compute"
-    )
+    said = f"**{last.case['model']}**: "
+    if last is first:
+        said += f"compiled for {last.where.chips} chips only; links take {last.ratio:.2f} of the compute"
+    else:
+        said += (
+            f"from {first.where.chips} to {last.where.chips} chips a chip sends {100 * growth:+.0f} % a micro-batch; "
+            f"links take {first.ratio:.2f} to {last.ratio:.2f} of the compute"
+        )
     if stops is None:
-        said += ", so they hide behind it at every number of chips compiled here."
+        said += ", so they can hide behind it at every number of chips compiled."
     else:
         said += f": they are what limits it from {stops.where.chips} chips on."
     said += (
@@ -144,6 +149,9 @@ def page(lines: list[Line]) -> str:
     updates = sorted((Update(line) for line in newest(lines)), key=lambda one: one.where.chips)
     sizes = sorted({one.case["model"] for one in updates}, key=lambda name: float(name.removesuffix("b")))
     text = [ABOUT.format(hop=1e6 * HOP_SECONDS, share=PlanConfig.learner_share)]
+    left = [name for name in SIZES if name not in sizes]
+    if left:
+        text += [f"Not compiled yet: {', '.join(left)}.", ""]
     share = f"ms at {PlanConfig.learner_share:g}"
     for size in sizes:
         mine = [one for one in updates if one.case["model"] == size]

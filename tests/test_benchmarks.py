@@ -574,8 +574,10 @@ def test_the_page_says_where_links_limit_a_size() -> None:
     enough = compute * 2 * 9e10 / 2**20  # MiB that links send in that time
     text = weak_scaling.page([an_update(8, 0.5 * enough), an_update(64, 1.5 * enough)])
     assert "they are what limits it from 64 chips on" in text
-    assert "so they hide behind it" in weak_scaling.page([an_update(8, 0.5 * enough), an_update(64, 0.5 * enough)])
+    assert "so they can hide behind it" in weak_scaling.page([an_update(8, 0.5 * enough), an_update(64, 0.5 * enough)])
     # 128 prompts of 150 tokens with 8 completions of 800 each: 136 micro-batches of 6,144 slots, on 4 chips each.
+    assert "compiled for 8 chips only" in weak_scaling.page([an_update(8, 1.0)])
+    assert "Not compiled yet: 0.5b, 1.5b, 3b, 14b, 32b, 72b." in text
     assert "838 thousand tokens an update: it fills one micro-batch on each of 544 chips" in text
 
 

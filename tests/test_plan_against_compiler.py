@@ -75,4 +75,5 @@ def test_what_was_compiled_reuses_what_it_is_given() -> None:
         line["case"]["model"] + " " + line["case"]["slice"] for line in newest().values() if line["cache_copies"]
     }
     assert all(line["donation_aliases"] for line in newest().values())
-    assert copying == {"3b v5e-8", "7b v5e-16"}  # their decode; not understood
+    # Their decode: a layer's values go into the fast memory and back. These lines are of before `cache_moves`.
+    assert copying == {"3b v5e-8", "7b v5e-16"}
