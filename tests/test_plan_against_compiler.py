@@ -24,12 +24,12 @@ SIZES = ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
 
 
 def newest() -> dict[str, dict[str, Any]]:
-    """Lines of the table by what they are of."""
+    """Lines of the table by what they are of, as it was set up last."""
     found = {}
     for text in RESULTS.read_text().splitlines():
         line = json.loads(text)
         case = line["case"]
-        found[" ".join(case[name] for name in ("model", "slice", "program", "lengths", "moments"))] = line
+        found[" ".join(case[name] for name in ("model", "slice", "program"))] = line
     return found
 
 
@@ -47,10 +47,6 @@ def setting(case: dict[str, Any]) -> Setting:
     return Setting(config, ARCHITECTURES[name], MeshConfig(1, fsdp, tensor))
 
 
-REFUSED = {("7b", "v5e-16")}
-"""Rows whose update takes more memory than there is."""
-
-
 @pytest.mark.parametrize("line", newest().values(), ids=newest().keys())
 def test_the_plan_is_within_15_percent_of_the_compiler(line: dict[str, Any]) -> None:
     case = line["case"]
@@ -63,17 +59,11 @@ def test_the_plan_is_within_15_percent_of_the_compiler(line: dict[str, Any]) -> 
 
 
 def test_what_fits() -> None:
-    """All four programs of every size on every slice of the table, but for one update."""
+    """All four programs of every size on every slice of the table."""
     lines = [line["case"] for line in newest().values()]
     assert {case["model"] for case in lines} == set(SIZES) and len(lines) == 40
-    assert {(case["model"], case["slice"]) for case in lines if not case["fits"]} == REFUSED
-    assert all(case["program"] == "update" for case in lines if not case["fits"])
+    assert all(case["fits"] for case in lines)
 
 
 def test_what_was_compiled_reuses_what_it_is_given() -> None:
-    copying = {
-        line["case"]["model"] + " " + line["case"]["slice"] for line in newest().values() if line["cache_copies"]
-    }
-    assert all(line["donation_aliases"] for line in newest().values())
-    # Their decode: a layer's values go into the fast memory and back. These lines are of before `cache_moves`.
-    assert copying == {"3b v5e-8", "7b v5e-16"}
+    assert all(line["donation_aliases"] and not line["cache_copies"] for line in newest().values())
