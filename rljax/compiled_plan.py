@@ -12,6 +12,8 @@ from rljax.plan import Plan
 from rljax.sampling.engine import EngineOptions
 
 _LOOPS = ("once", "in each turn of a loop", "in each turn of a loop within one", "in each turn of the innermost loops")
+_OFTEN = ("in all", "in each turn of the loop over micro-batches or tokens", "in each turn of a loop within that")
+"""By loops of unknown length; those of known length, over layers and round rings, are gone through."""
 
 
 def job_of(plan: Plan) -> Job:
@@ -85,8 +87,7 @@ def describe(found: Compiled, planned_bytes: int) -> list[str]:
         often = _LOOPS[min(one.loops, len(_LOOPS) - 1)]
         lines.append(f"  {one.count} {one.kind}, {one.bytes / 2**20:,.1f} MiB a device, {often}")
     for loops, sent in found.traffic.items():
-        often = "outside of them" if not loops else "in a turn of the outermost" if loops == 1 else f"{loops} deep"
-        lines.append(f"  sent with loops of known length counted out, {often}: {sent.bytes / 2**20:,.1f} MiB")
+        lines.append(f"  sends {sent.bytes / 2**20:,.1f} MiB in {sent.count:,} collectives {_OFTEN[min(loops, 2)]}")
     return lines
 
 

@@ -11,7 +11,7 @@ from rljax.compiled_plan import compiled_lines, job_of
 from rljax.config import ConfigError, MeshConfig, RunConfig
 from rljax.config_file import parse_config
 from rljax.hardware import slice_named
-from rljax.hlo import Collective
+from rljax.hlo import Collective, Traffic
 from rljax.mesh import make_mesh
 from rljax.plan import Plan, plan_run, planned_meshes
 from rljax.sampling.engine import EngineOptions
@@ -29,6 +29,7 @@ def compiled(program: str, **changes: object) -> Compiled:
     found = Compiled(
         program, "some rows", 60.0, 16 * GIB, 2 * GIB, donated_bytes=GIB, argument_bytes=3 * GIB, output_bytes=GIB,
         temporary_bytes=4 * GIB, alias_bytes=GIB, collectives=(Collective("all-gather", 2, 3, 5 << 20),),
+        traffic={1: Traffic(84, 140 << 20)},
     )  # fmt: skip
     return dataclasses.replace(found, **changes)
 
@@ -45,6 +46,7 @@ def test_what_fits_is_told_program_by_program(plan: Plan, monkeypatch: pytest.Mo
     assert [line.split(",")[0] for line in lines if "compiled in" in line] == ["update", "prefill", "decode", "sync"]
     assert sum("fits: 9.00 GiB of 16.00, 2.00 of them beside it; its own 7.00 (planned " in line for line in lines) == 4
     assert "  3 all-gather, 5.0 MiB a device, in each turn of a loop within one" in lines
+    assert "  sends 140.0 MiB in 84 collectives in each turn of the loop over micro-batches or tokens" in lines
 
 
 @pytest.mark.parametrize(
@@ -91,3 +93,15 @@ def test_without_the_compiler_the_plan_is_told_and_then_what_is_missing(capsys: 
     assert main(["plan", str(PAPER / "qwen2.5-0.5b.yaml"), "--compile"]) == USAGE_ERROR
     said = capsys.readouterr()
     assert "fits: the peak is" in said.out and "rljax[tpu]" in said.err
+
+
+@pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install 'rljax[tpu]'")
+def test_the_compiler_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {
+        "model.architecture": "ladder-200k", "data.train": "task:char_count", "data.max_prompt_tokens": 32,
+        "data.prompts_per_step": 64, "sampling.max_completion_tokens": 64, "plan.slice": "v5e-4", "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+    }  # fmt: skip
+    assert main(["plan", *(f"--{name}={value}" for name, value in settings.items()), "--compile"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("compiled in") == 4 and said.count("  fits: ") == 4 and "sends" in said
