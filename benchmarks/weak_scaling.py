@@ -18,7 +18,6 @@ from rljax.config import ARCHITECTURES, AlgorithmConfig, PlanConfig
 from rljax.costs import forward_flops
 from rljax.hardware import Slice, slice_named
 from rljax.models.scoring import MAX_CHUNK
-from rljax.steptime import HOP_SECONDS
 
 PAGE = RESULTS / "weak_scaling.md"
 SIZES = [name.removeprefix("qwen2.5-") for name in ARCHITECTURES if name.startswith("qwen2.5-")]
@@ -29,15 +28,13 @@ ABOUT = """\
 # Where updates stop scaling
 
 Written by `python benchmarks/weak_scaling.py` from updates compiled for TPU slices that were not there
-(`weak_scaling.jsonl`); nothing here was timed. Tokens a chip stay the same while chips are added and the parameters are
-split further. Of one micro-batch on each chip:
+(`weak_scaling.jsonl`); nothing here was timed. The parameters are split over more and more chips. Of one micro-batch,
+which has the tokens that a run of the paper's batch would choose, fewer where many chips share it:
 
 - *sent*: bytes a chip sends in collectives, and how many there are, counted in the program as compiled, loops over
   layers and chunks of the loss head included;
 - *links*: these bytes over two links, one each way round a ring (a torus has more, which a collective over one axis of
   the mesh may or may not use);
-- *hops*: a collective over the parameters goes round half the ring, {hop:g} us from chip to chip, the longest that it
-  can take; it is hidden where the compiler starts a collective ahead of its use;
 - *compute*: forward, backward and, with remat full, forward again, of the layers' and the head's products; attention
   and what is no product left out, so that links are not flattered. At the data sheet's rate, and at {share:g} of it, as
   `rljax plan` assumes;
@@ -85,14 +82,13 @@ class Update:
         return size * 2**20, count
 
     def seconds(self) -> dict[str, float]:
-        """Links, hops, and compute at the data sheet's rate."""
+        """Links, and compute at the data sheet's rate."""
         arch, chip = ARCHITECTURES[f"qwen2.5-{self.case['model']}"], self.where.chip
-        size, count = self.sent()
+        size, _ = self.sent()
         again = forward_flops(arch, self.tokens, 0, 0) if self.remat == "full" else 0
         flops = 3 * forward_flops(arch, self.tokens, 0, self.tokens) + again
         return {
             "links": size / chip.link_rate,
-            "hops": count * HOP_SECONDS * self.axes["fsdp"] / 2,
             "compute": flops / self.axes["tensor"] / chip.flops,
         }
 
@@ -109,15 +105,14 @@ def verdict(updates: list[Update]) -> str:
     group = AlgorithmConfig.group_size
     tokens = PROMPTS / UPDATES * (plan.prompt_tokens + group * plan.completion_tokens)
     most = max(int(tokens // last.tokens), 1) * last.axes["tensor"]
-    growth = last.sent()[0] / first.sent()[0] - 1
+    growth = last.sent()[0] / last.tokens / (first.sent()[0] / first.tokens) - 1
     stops = next((update for update in updates if update.ratio > 1), None)
-    hop = last.seconds()["hops"] / (last.seconds()["compute"] / plan.learner_share)
     said = f"**{last.case['model']}**: "
     if last is first:
         said += f"compiled for {last.where.chips} chips only; links take {last.ratio:.2f} of the compute"
     else:
         said += (
-            f"from {first.where.chips} to {last.where.chips} chips a chip sends {100 * growth:+.0f} % a micro-batch; "
+            f"from {first.where.chips} to {last.where.chips} chips a chip sends {100 * growth:+.0f} % a token; "
             f"links take {first.ratio:.2f} to {last.ratio:.2f} of the compute"
         )
     if stops is None:
@@ -125,7 +120,7 @@ def verdict(updates: list[Update]) -> str:
     else:
         said += f": they are what limits it from {stops.where.chips} chips on."
     said += (
-        f" Hops not hidden would add up to {100 * hop:.0f} % at {last.where.chips}. The paper's own batch, {PROMPTS} "
+        f" The paper's own batch, {PROMPTS} "
         f"prompts in {UPDATES} updates, is {tokens / 1e3:,.0f} thousand tokens an update: it fills one micro-batch on "
         f"each of {most:,} chips, and beyond those more chips do not help."
     )
@@ -138,7 +133,7 @@ def row(update: Update) -> str:
     compute = seconds["compute"]
     cells = [
         where.name, f"{where.chips}", update.case["mesh"], update.remat, f"{update.tokens:,}",
-        f"{size / 2**20:,.0f} in {count:,.0f}", *(number(1e3 * seconds[part]) for part in ("links", "hops")),
+        f"{size / 2**20:,.0f} in {count:,.0f}", number(1e3 * seconds["links"]),
         number(1e3 * compute), number(1e3 * compute / PlanConfig.learner_share), f"{update.ratio:.2f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -148,7 +143,7 @@ def page(lines: list[Line]) -> str:
     """Markdown of all updates of `lines`, by size."""
     updates = sorted((Update(line) for line in newest(lines)), key=lambda one: one.where.chips)
     sizes = sorted({one.case["model"] for one in updates}, key=lambda name: float(name.removesuffix("b")))
-    text = [ABOUT.format(hop=1e6 * HOP_SECONDS, share=PlanConfig.learner_share)]
+    text = [ABOUT.format(share=PlanConfig.learner_share)]
     left = [name for name in SIZES if name not in sizes]
     if left:
         text += [f"Not compiled yet: {', '.join(left)}.", ""]
@@ -158,9 +153,9 @@ def page(lines: list[Line]) -> str:
         text += [
             f"## {size}",
             "",
-            "| slice | chips | mesh | remat | tokens of a row shard | sent, MiB in collectives | links, ms | hops, ms "
+            "| slice | chips | mesh | remat | tokens of a row shard | sent, MiB in collectives | links, ms "
             f"| compute, ms | {share} | links / compute |",
-            "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+            "|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
             *map(row, mine),
             "",
             verdict(mine),

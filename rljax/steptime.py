@@ -19,7 +19,7 @@ from rljax.mesh import SAMPLER_RULES
 
 SPREAD = 0.8
 """Sigma of the logarithm of lengths, as in the benchmarks' realistic ones."""
-HOP_SECONDS = 1e-6
+_HOP_SECONDS = 1e-6
 """From a chip to the next ("How to Scale Your Model", jax-ml/scaling-book); NVLink is of that order."""
 _OPTIMIZER_BYTES = 28
 """Of AdamW in float32 per parameter: it and both moments read and written, the gradient read."""
@@ -132,7 +132,7 @@ def _decode_step(setting: Setting, where: Slice, rows: np.ndarray, age: np.ndarr
     )
     logits = 3 * 4 * rows * arch.vocab_size / chip.memory_rate
     moved = 2 * 2 * arch.num_layers * rows * arch.hidden_size * size * (tensor - 1) / tensor
-    hops = 2 * arch.num_layers * tensor * HOP_SECONDS * (tensor > 1)
+    hops = 2 * arch.num_layers * tensor * _HOP_SECONDS * (tensor > 1)
     return (weights + cache + logits) / tensor / plan.sampler_share + moved / where.rate_between(tensor) + hops
 
 
