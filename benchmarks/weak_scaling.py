@@ -38,7 +38,8 @@ which has the tokens that a run of the paper's batch would choose, fewer where m
 - *compute*: forward, backward and, with remat full, forward again, of the layers' and the head's products; attention
   and what is no product left out, so that links are not flattered. At the data sheet's rate, and at {share:g} of it, as
   `rljax plan` assumes;
-- *links / compute*: with {share:g}. Below 1 what is sent can hide behind what is computed.
+- *links / compute*: with {share:g}. Below 1 there is enough computed to hide what is sent behind, if the compiler
+  overlaps them: gathers of parameters may be, sums over tensor wait for each other, and `rljax plan` hides none of these.
 """
 
 

@@ -27,7 +27,7 @@ _GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _GROUPS_BY_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}")
 _AXIS_SIZE = re.compile(r"'(\w+)'=(\d+)")
 _AXIS_NAME = re.compile(r"'(\w+)'")
-_PLACED = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_LAYOUT = re.compile(r"[a-z]+\d*\w*\[[\d,]*\](\{[^}]*\})?")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _BITS = re.compile(r"\d+")
@@ -253,7 +253,7 @@ def _group_size(line: str) -> int:
 
 def _memories(shape: str) -> list[str]:
     """Where the arrays of a result lie: "" is the main memory."""
-    spaces = (_SPACE.search(layout) for _, _, layout in _PLACED.findall(shape))
+    spaces = (_SPACE.search(layout) for layout in _LAYOUT.findall(shape))
     return [space[1] if space else "" for space in spaces]
 
 

@@ -199,13 +199,15 @@ class Sampler:
         settings = self._settings(key, temperature, top_k, top_p, min_p, min_completion_tokens)
         prompt_slots = bucket(int(prompts.lengths.max()))
         options = self.options
-        fitting = rows_that_fit(self.arch, self._dtype, self.mesh, prompt_slots, longest, samples_per_prompt)
         plan = Plan.make(
             samples_per_prompt=samples_per_prompt,
             num_prompts=len(prompts),
             prompt_slots=prompt_slots,
             max_tokens=longest,
-            max_rows=options.max_rows or least(fitting, self.mesh),
+            max_rows=options.max_rows
+            or least(
+                rows_that_fit(self.arch, self._dtype, self.mesh, prompt_slots, longest, samples_per_prompt), self.mesh
+            ),
             shards=num_row_shards(self.mesh),
             chunk=options.chunk_tokens,
             growth=options.growth,
