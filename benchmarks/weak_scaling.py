@@ -39,7 +39,8 @@ which has the tokens that a run of the paper's batch would choose, fewer where m
   and what is no product left out, so that links are not flattered. At the data sheet's rate, and at {share:g} of it, as
   `rljax plan` assumes;
 - *links / compute*: with {share:g}. Below 1 there is enough computed to hide what is sent behind, if the compiler
-  overlaps them: gathers of parameters may be, sums over tensor wait for each other, and `rljax plan` hides none of these.
+  overlaps them: gathers of parameters may be, sums over tensor wait for each other, and `rljax plan` hides none of
+  these.
 """
 
 
