@@ -63,7 +63,7 @@ def style_of(axis: str, keys: Sequence[float]) -> Style:
 
 @contextmanager
 def figure(size: tuple[float, float] = (6, 4), rows: int = 1, columns: int = 1) -> Iterator[tuple[Any, np.ndarray]]:
-    """A figure in the paper's look and its axes [rows, columns], closed at the end.
+    """A figure in the paper's look and its axes [rows, columns], to be drawn and saved inside the `with`.
 
     Raises:
       ConfigError: matplotlib is not installed.
@@ -72,20 +72,16 @@ def figure(size: tuple[float, float] = (6, 4), rows: int = 1, columns: int = 1) 
         import matplotlib
     except ImportError as error:
         raise ConfigError("figures need matplotlib; install the extra: pip install 'rljax[report]'") from error
-    matplotlib.use("agg")  # no display is asked for
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: no display, no figures of the caller's
 
     look = {
         "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True, "axes.labelweight": "bold",
         "axes.titleweight": "bold", "legend.fontsize": 8, "svg.fonttype": "none", "svg.hashsalt": "rljax",
         "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
-    with plt.rc_context(cast(Any, look)):
-        drawn, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-        try:
-            yield drawn, axes
-        finally:
-            plt.close(drawn)
+    with matplotlib.rc_context(cast(Any, look)):
+        drawn = Figure(figsize=size, layout="constrained")
+        yield drawn, drawn.subplots(rows, columns, squeeze=False)
 
 
 def save(drawn: Any, folder: Path, name: str) -> list[Path]:
@@ -97,9 +93,10 @@ def save(drawn: Any, folder: Path, name: str) -> list[Path]:
     files = [folder / f"{name}.png", folder / f"{name}.svg"]
     # Laid out once and drawn once for each: `savefig` lays out twice and draws twice, each time.
     drawn.set_dpi(300)
+    canvas = FigureCanvasAgg(drawn)
     drawn.get_layout_engine().execute(drawn)
     drawn.set_layout_engine("none")
-    FigureCanvasAgg(drawn).print_png(files[0], metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    canvas.print_png(files[0], metadata={"Software": None}, pil_kwargs={"compress_level": 3})
     FigureCanvasSVG(drawn).print_svg(files[1], metadata={"Date": None})
     return files
 
