@@ -153,12 +153,13 @@ def test_a_v5p_is_named_by_its_cores() -> None:
 
 SMOKE = """
 import dataclasses, json
-from rljax.aot import Job, compile_program, tpu_devices
+from rljax.aot import PROGRAMS, Job, compile_program, tpu_devices
 from rljax.config import ARCHITECTURES, MeshConfig
 from rljax.mesh import make_mesh
 arch = dataclasses.replace(ARCHITECTURES["qwen2.5-0.5b"], num_layers=2)
 job = Job(arch, make_mesh(MeshConfig(fsdp=2, tensor=2), tpu_devices("v5e-4")), prompts=16, prompt_tokens=64,
-          completion_tokens=128)
+          completion_tokens=1024)
+assert "tpu_custom_call" in PROGRAMS["update"](job).lowered.as_text()  # attention is a kernel of Mosaic's
 found = {}
 for name in ("update", "decode"):
     program = compile_program(job, name)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rljax.mesh import AXES, ROWS, platform
 from rljax.models.blockwise import blockwise_attention
+from rljax.models.splash import splash_attention
 
 Backend = Callable[[jax.Array, jax.Array, jax.Array, "AttentionLayout"], jax.Array]
 
@@ -89,6 +90,7 @@ BACKENDS: dict[str, Backend] = {
     "dense": dense_attention,
     "blockwise": blockwise_attention,
     "cudnn": cudnn_attention,
+    "splash": splash_attention,
 }
 """Functions of q [B, T, N, H], k and v [B, T, K, H] and the layout; what they return at padded positions is finite."""
 
@@ -103,6 +105,8 @@ def choose_backend(length: int, head_dim: int, dtype: Any) -> str:
         return "dense"
     if kind == "gpu" and dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and _has_fused_cudnn():
         return "cudnn"
+    if kind == "tpu" and dtype == jnp.bfloat16:
+        return "splash"
     return "blockwise"
 
 
@@ -115,8 +119,8 @@ def _has_fused_cudnn() -> bool:
 def _per_device(backend: Backend, k: jax.Array) -> Backend:
     """`backend` on each device's own rows and heads, if the caller has entered the project's mesh (`jax.set_mesh`).
 
-    XLA, left to split a loop over blocks, would send every device all rows. Without a mesh, or where it does not divide
-    rows and heads, that is what happens.
+    XLA, left to split a loop over blocks, would send every device all rows, and a kernel it refuses to split. Without a
+    mesh, or where it does not divide rows and heads, that is what happens.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not set(AXES) <= set(mesh.axis_names) or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -138,7 +142,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionLayout,
     if backend == "auto":
         backend = choose_backend(q.shape[1], q.shape[3], q.dtype)
     attend = BACKENDS[backend]
-    if backend == "blockwise":
+    if backend in ("blockwise", "splash"):
         attend = _per_device(attend, k)
     real = (layout.group >= 0)[..., None, None]
     q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))

@@ -16,6 +16,7 @@ import pytest
 from rljax.models import attention as module
 from rljax.models.attention import AttentionLayout, attention, cudnn_attention, dense_attention
 from rljax.models.blockwise import blockwise_attention, list_blocks
+from rljax.models.splash import splash_attention, tile_for
 
 Row = list[tuple[int, list[int]]]
 """Groups of a row: tokens of the prompt, tokens of each completion."""
@@ -44,6 +45,7 @@ BACKENDS: dict[str, module.Backend] = {
     "dense": dense_attention,
     "blockwise": partial(blockwise_attention, block=16),
     "cudnn's arguments": partial(cudnn_attention, implementation="xla"),
+    "splash": partial(splash_attention, tile=128, interpret=True),
 }
 
 
@@ -102,6 +104,43 @@ def definition(layout: AttentionLayout, *given: np.ndarray) -> list[np.ndarray]:
             dk[own] += scale * np.outer(d_scores, q[at])
             dv[own] += np.outer(weights, to)
     return [context, dq, dk, dv]
+
+
+def test_splash_skips_and_masks_tile_by_tile() -> None:
+    """Six tiles of a row: seen in full, in part and not at all."""
+    layout = packed([[(150, [300, 20]), (40, [90])], [(130, [130, 130, 100])]], 700)
+    given = arrays(layout, (4, 2, 64))
+    real = np.asarray(layout.group >= 0)
+    attend = partial(splash_attention, tile=128, interpret=True)
+
+    @jax.jit
+    def run(q: Any, k: Any, v: Any, d: Any) -> tuple[Any, ...]:
+        context, pull = jax.vjp(partial(attend, layout=layout), q, k, v)
+        return context, *pull(jnp.where(real[..., None, None], d, 0))
+
+    for name, got, expected in zip("oqkv", run(*given), definition(layout, *given), strict=True):
+        np.testing.assert_allclose(np.asarray(got)[real], expected[real], rtol=1e-5, atol=2e-5, err_msg=name)
+
+
+def test_rows_are_rounded_up_to_half_a_tile_at_most() -> None:
+    lengths = (128, 513, 1024, 1025, 2176, 6144)
+    assert [tile_for(length) for length in lengths] == [512, 1024, 1024, 512, 512, 1024]
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "dtype", "expected"),
+    [
+        ("tpu", 512, jnp.bfloat16, "dense"),
+        ("tpu", 513, jnp.bfloat16, "splash"),
+        ("tpu", 2048, jnp.float32, "blockwise"),  # the kernels' products of float32 are rounded
+        ("cpu", 2048, jnp.bfloat16, "blockwise"),
+    ],
+)
+def test_a_backend_is_chosen_by_platform(
+    kind: str, length: int, dtype: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "platform", lambda: kind)
+    assert module.choose_backend(length, 64, dtype) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------- blocks

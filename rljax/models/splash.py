@@ -1,0 +1,79 @@
+"""Splash attention, JAX's Pallas kernels for TPUs, under the mask of packed rows that share prompts.
+
+The kernels take their mask as an array: tiles that nobody sees are skipped, forward and backward, and only of those
+that are seen in part is the mask looked at.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from rljax.models.attention import AttentionLayout
+
+TILES = (1024, 512)
+"""Positions of a tile, queries and keys alike: in larger ones the products are larger, in smaller ones less is computed
+that nobody sees."""
+
+
+def tile_for(length: int) -> int:
+    """The larger tile if rows of `length`, rounded up to the smaller, are whole multiples of it."""
+    large, small = TILES
+    return large if -(-length // small) * small % large == 0 else small
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layout: "AttentionLayout",
+    *,
+    tile: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax attention in memory linear in T but for the mask, a bool [T, T] of the row in work.
+
+    q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]. Scores and softmax in float32, sums of the gradient of q in
+    its dtype, one addend for every tile of keys.
+
+    Args:
+      tile: a multiple of 128, the lanes of a TPU's vector unit; None: `tile_for`.
+      interpret: as JAX would compute it, anywhere and slowly, for tests.
+    """
+    length = q.shape[1]
+    tile = tile or tile_for(length)
+    fill = -length % tile
+    mask = jnp.pad(layout.mask(), ((0, 0), (0, fill), (0, fill)))
+    # Padding sees itself: the kernels divide by what a query sees.
+    mask |= jnp.eye(mask.shape[1], dtype=bool)
+    q = q * q.shape[-1] ** -0.5
+    q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
+    context = jax.lax.map(partial(_attend_row, tile=tile, interpret=interpret), (q, k, v, mask))
+    return context.swapaxes(1, 2)[:, :length]
+
+
+def _attend_row(row: tuple[jax.Array, ...], tile: int, interpret: bool) -> jax.Array:
+    """[N, T, H] of q [N, T, H], k and v [K, T, H] and the mask [T, T]."""
+    # Imported where they are used: it takes a second, and only TPUs want them.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
+
+    q, k, v, mask = row
+    sizes: dict[str, Any] = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), tile)
+    # `make_splash_mha` would make an array of the flag in `MaskInfo`, and ask it while it is traced.
+    kernel = splash.SplashAttentionKernel(
+        info.process_dynamic_mask(mask[None], (tile, tile))[0],
+        None,
+        info.process_dynamic_mask_dkv(mask[None], (tile, tile))[0],
+        block_sizes=splash.BlockSizes(**sizes, use_fused_bwd_kernel=True),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=None,
+        interpret=interpret,
+    )
+    return cast(jax.Array, kernel(q, k, v))  # alone, for residuals are not asked for
