@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp  # the API that Orbax 1.0 keeps; works in full in 0.12.8
 
-from rljax.config import ConfigError
+from rljax.config import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,9 @@ class CheckpointStore:
           step: later than every step saved so far.
           state: tree of jax arrays, typed keys included.
           host: whatever else is needed to go on, as JSON; comes back as JSON gives it (tuples as lists).
+
+        Raises:
+          CheckpointError: this step, or the one before, which is waited for, could not be written.
         """
         assert not self._read_only, "this store was opened only to read"
         self.wait()
@@ -133,27 +136,36 @@ class CheckpointStore:
             "leaves": {path: [*_signature(leaf), sums[path]] for path, leaf in leaves.items()},
         }
         content["sha256"] = _sha256(content)
-        with self._reopened_on_error():
+        with self._writing(step):
             # force: when to save is the caller's decision, not a policy's.
-            self._saving = self._steps.save_checkpointables_async(step, {"state": leaves, "host": content}, force=True)
-        assert self._saving is not None, f"Orbax did not save step {step}"
+            saving = self._steps.save_checkpointables_async(step, {"state": leaves, "host": content}, force=True)
+        assert saving is not None, f"Orbax did not save step {step}"
+        self._saving = step, saving
 
     def wait(self) -> None:
-        """Returns when the last save is complete on disk; raises what it failed with."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            with self._reopened_on_error():
+        """Returns when the last save is complete on disk.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        begun, self._saving = self._saving, None
+        if begun is not None:
+            step, saving = begun
+            with self._writing(step):
                 saving.result()
 
     @contextlib.contextmanager
-    def _reopened_on_error(self) -> Iterator[None]:
-        """An Orbax checkpointer raises the error of one failed save at every later one; a new one does not, and frees
-        the space of the half-written step."""
+    def _writing(self, step: int) -> Iterator[None]:
+        """What fails in it is a `CheckpointError`. An Orbax checkpointer raises the error of one failed save at every
+        later one; a new one does not, and frees the space of the half-written step."""
         try:
             yield
-        except Exception:
+        except Exception as error:
             self._steps = self._open()
-            raise
+            raise CheckpointError(
+                f"step {step} could not be saved in {self._folder}: {error!r}; it holds step {self.latest_step()}. "
+                "Make room there or repair what is named, and give the same command again"
+            ) from error
 
     def close(self) -> None:
         """Waits, then lets go."""

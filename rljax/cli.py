@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from rljax.config import NON_FINITE, PREEMPTED, ConfigError, NonFiniteError
+from rljax.config import CHECKPOINT_FAILED, NON_FINITE, PREEMPTED, CheckpointError, ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -386,8 +386,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code: 0, 64 for unusable input, 75 for a run that was told to stop and has
-    saved its step (this process ignores SIGTERM from then on), 71 for one that learns nothing any more, 1 for anything
-    else that failed."""
+    saved its step (this process ignores SIGTERM from then on), 71 for one that learns nothing any more, 72 for one that
+    cannot save, 1 for anything else that failed."""
     code = _run(list(sys.argv[1:] if argv is None else argv))
     if code == PREEMPTED and threading.current_thread() is threading.main_thread():
         # All is saved. Python lets go of its handlers while it ends: a SIGTERM that comes late, as from a launcher that
@@ -419,6 +419,10 @@ def _run(arguments: list[str]) -> int:
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return NON_FINITE
+    except CheckpointError as error:
+        traceback.print_exc()  # what failed below says where
+        print(f"error: {error}", file=sys.stderr)
+        return CHECKPOINT_FAILED
     except SystemExit as stop:  # --help, when it has been printed; a preempted run
         return {None: 0, 0: 0, PREEMPTED: PREEMPTED}.get(stop.code, 1)
     except KeyboardInterrupt:

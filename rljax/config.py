@@ -488,8 +488,16 @@ NON_FINITE = 71
 """Exit code of a run that ended for `NonFiniteError`: it would come to the same again."""
 
 
+CHECKPOINT_FAILED = 72
+"""Exit code of a run that ended for `CheckpointError`: what it learnt from then on would be lost."""
+
+
 class NonFiniteError(ArithmeticError):
     """No update of `optimizer.max_nonfinite_steps` steps in a row had a finite gradient."""
+
+
+class CheckpointError(OSError):
+    """A step could not be saved; those saved before are whole."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,8 +113,7 @@ def rollout_seconds(
     waiting = (rows - at_once) * float(live.sum()) / at_once  # steps in which every row is taken
     mean_age = float((live * place).sum() / live.sum())
     full = _decode_step(setting, where, np.array([at_once]), np.array([mean_age]), samples).sum() * waiting
-    split = 2 * 2 * arch.num_layers * prompts / shards * length * arch.hidden_size * costs.BYTES[setting.compute_dtype]
-    links = split * (tensor - 1) / tensor / where.rate_between(tensor)
+    links = sampler_link_bytes(setting, prompts / shards * length) / where.rate_between(tensor)
     return {"prefill": prefill / share + links, "decode": float(tail + full)}
 
 
@@ -131,9 +130,16 @@ def _decode_step(setting: Setting, where: Slice, rows: np.ndarray, age: np.ndarr
         read * costs.kv_bytes_per_token(arch, setting.compute_dtype) / chip.memory_rate, keys / chip.flops
     )
     logits = 3 * 4 * rows * arch.vocab_size / chip.memory_rate
-    moved = 2 * 2 * arch.num_layers * rows * arch.hidden_size * size * (tensor - 1) / tensor
+    moved = sampler_link_bytes(setting, 1) * rows
     hops = 2 * arch.num_layers * tensor * _HOP_SECONDS * (tensor > 1)
     return (weights + cache + logits) / tensor / plan.sampler_share + moved / where.rate_between(tensor) + hops
+
+
+def sampler_link_bytes(setting: Setting, tokens: float) -> float:
+    """That each device sends while `tokens` of its shard go through the sampler, whose every layer adds up its residual
+    stream twice over tensor."""
+    arch, size, tensor = setting.arch, costs.BYTES[setting.compute_dtype], setting.mesh.tensor
+    return 2 * 2 * arch.num_layers * tokens * arch.hidden_size * size * (tensor - 1) / tensor
 
 
 # ------------------------------------------------------------------------------------------------------------- learner
@@ -172,9 +178,14 @@ def _learner_seconds(
     )
 
 
+def sync_link_bytes(setting: Setting, made: float) -> float:
+    """That each device sends for `made` of its sampler's parameters: gathered over fsdp, cast before."""
+    return costs.BYTES[setting.compute_dtype] * made * (setting.mesh.fsdp - 1) / setting.mesh.fsdp
+
+
 def _sync_seconds(setting: Setting, where: Slice) -> float:
     """Read, cast, gathered over fsdp, written."""
     mesh, size = setting.mesh, costs.BYTES[setting.compute_dtype]
     local, made = params_on_device(setting.arch, mesh), params_on_device(setting.sampler_arch, mesh, SAMPLER_RULES)
-    moved = size * made * (mesh.fsdp - 1) / mesh.fsdp / where.rate_between(mesh.fsdp * mesh.tensor)
+    moved = sync_link_bytes(setting, made) / where.rate_between(mesh.fsdp * mesh.tensor)
     return max((4 * local + size * made) / where.chip.memory_rate, moved)

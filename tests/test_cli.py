@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from orbax.checkpoint.experimental.v1._src.handlers import json_handler
 from safetensors.numpy import load_file
 
 from rljax import costs
@@ -749,6 +750,24 @@ def test_a_run_that_learns_nothing_any_more_ends(place: Place, capsys: pytest.Ca
     assert 2 <= last < 6 and all(row["policy/nonfinite_updates"] >= 1 for row in rows[-2:])
     kept = (run / "rollouts" / f"step_{last:06d}.jsonl").read_text().splitlines()
     assert len(kept) > 1  # all of them, not those that are shown
+
+
+def test_a_run_that_cannot_save_ends_and_goes_on_where_it_could(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place.root / "disk_full"
+    flags = place.train("--evaluation.data", "", "--checkpoint.every", "1", "--run_dir", str(run), "--steps")
+    assert main([*flags, "1"]) == 0
+
+    async def disk_full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json_handler.JsonHandler, "_background_save", disk_full)
+        assert main([*flags, "4"]) == 72
+    assert re.search(r"error: step 2 could not be saved in .*No space left.*it holds step 1\.", capsys.readouterr().err)
+    assert main([*flags, "3"]) == 0
+    assert state_of(run)[2] == 3
 
 
 def test_a_run_killed_between_checkpoints_ends_the_same(unbroken: Path, place: Place) -> None:
