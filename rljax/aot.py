@@ -296,10 +296,11 @@ def _decode(job: Job) -> Lowering:
 
 def _sync(job: Job) -> Lowering:
     layers, index = job.params["layers"], jax.ShapeDtypeStruct((), jnp.int32)
+    sampler = job.sampler  # made out here: it makes a key, and within the mesh that would be done on its devices
     with jax.set_mesh(job.mesh):
-        lowered = job.sampler.layer_to_sampler.lower(layers, index)
-    held = (job.state, job.sampler.shapes)
-    beside = bytes_per_chip(held) - bytes_per_chip((layers, job.sampler.shapes["layers"][0]))
+        lowered = sampler.layer_to_sampler.lower(layers, index)
+    held = (job.state, sampler.shapes)
+    beside = bytes_per_chip(held) - bytes_per_chip((layers, sampler.shapes["layers"][0]))
     return Lowering(lowered, "a layer", 0, beside + job.reference_bytes)
 
 
