@@ -5,7 +5,7 @@ that are seen in part is the mask looked at.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from rljax.models.attention import AttentionLayout
 
-TILES = (1024, 512)
-"""Positions of a tile, queries and keys alike: in larger ones the products are larger, in smaller ones less is computed
-that nobody sees."""
+TILE = 512
+"""Positions of a tile of queries, and of what is computed at once of one of keys. In larger ones the products are
+larger, in smaller ones less is computed that nobody sees; the mask comes in 4 bytes for every pair, of which squares of
+1,024 are too many for the 16 MiB that a kernel may use on v5e and v5p."""
 
 
-def tile_for(length: int) -> int:
-    """The larger tile if rows of `length`, rounded up to the smaller, are whole multiples of it."""
-    large, small = TILES
-    return large if -(-length // small) * small % large == 0 else small
+def key_tile_for(length: int) -> int:
+    """Two tiles if that divides rows of `length`, rounded up to one: the fewer the addends of the gradient of q."""
+    return TILE if -(-length // TILE) % 2 else 2 * TILE
 
 
 def splash_attention(
@@ -39,35 +39,45 @@ def splash_attention(
     its dtype, one addend for every tile of keys.
 
     Args:
-      tile: a multiple of 128, the lanes of a TPU's vector unit; None: `tile_for`.
+      tile: of queries and of keys, a multiple of 128, the lanes of a TPU's vector unit; None: `TILE` and
+        `key_tile_for`.
       interpret: as JAX would compute it, anywhere and slowly, for tests.
     """
     length = q.shape[1]
-    tile = tile or tile_for(length)
-    fill = -length % tile
+    tiles = (tile, tile) if tile else (TILE, key_tile_for(length))
+    fill = -length % tiles[1]
     mask = jnp.pad(layout.mask(), ((0, 0), (0, fill), (0, fill)))
     # Padding sees itself: the kernels divide by what a query sees.
     mask |= jnp.eye(mask.shape[1], dtype=bool)
     q = q * q.shape[-1] ** -0.5
     q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
-    context = jax.lax.map(partial(_attend_row, tile=tile, interpret=interpret), (q, k, v, mask))
+    context = jax.lax.map(partial(_attend_row, tiles=tiles, interpret=interpret), (q, k, v, mask))
     return context.swapaxes(1, 2)[:, :length]
 
 
-def _attend_row(row: tuple[jax.Array, ...], tile: int, interpret: bool) -> jax.Array:
+def _attend_row(row: tuple[jax.Array, ...], tiles: tuple[int, int], interpret: bool) -> jax.Array:
     """[N, T, H] of q [N, T, H], k and v [K, T, H] and the mask [T, T]."""
     # Imported where they are used: it takes a second, and only TPUs want them.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
 
     q, k, v, mask = row
-    sizes: dict[str, Any] = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), tile)
+    queries, keys = tiles
+    sizes = splash.BlockSizes(
+        block_q=queries,
+        block_kv=keys,
+        block_kv_compute=queries,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=queries,
+        use_fused_bwd_kernel=True,
+    )
     # `make_splash_mha` would make an array of the flag in `MaskInfo`, and ask it while it is traced.
     kernel = splash.SplashAttentionKernel(
-        info.process_dynamic_mask(mask[None], (tile, tile))[0],
+        info.process_dynamic_mask(mask[None], tiles)[0],
         None,
-        info.process_dynamic_mask_dkv(mask[None], (tile, tile))[0],
-        block_sizes=splash.BlockSizes(**sizes, use_fused_bwd_kernel=True),
+        info.process_dynamic_mask_dkv(mask[None], tiles)[0],
+        block_sizes=sizes,
         is_mqa=False,
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,

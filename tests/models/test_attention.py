@@ -16,7 +16,7 @@ import pytest
 from rljax.models import attention as module
 from rljax.models.attention import AttentionLayout, attention, cudnn_attention, dense_attention
 from rljax.models.blockwise import blockwise_attention, list_blocks
-from rljax.models.splash import splash_attention, tile_for
+from rljax.models.splash import key_tile_for, splash_attention
 
 Row = list[tuple[int, list[int]]]
 """Groups of a row: tokens of the prompt, tokens of each completion."""
@@ -122,9 +122,9 @@ def test_splash_skips_and_masks_tile_by_tile() -> None:
         np.testing.assert_allclose(np.asarray(got)[real], expected[real], rtol=1e-5, atol=2e-5, err_msg=name)
 
 
-def test_rows_are_rounded_up_to_half_a_tile_at_most() -> None:
+def test_tiles_of_keys_divide_rows_of_whole_tiles() -> None:
     lengths = (128, 513, 1024, 1025, 2176, 6144)
-    assert [tile_for(length) for length in lengths] == [512, 1024, 1024, 512, 512, 1024]
+    assert [key_tile_for(length) for length in lengths] == [512, 1024, 1024, 512, 512, 1024]
 
 
 @pytest.mark.parametrize(
