@@ -1,5 +1,7 @@
-"""What `rljax plan` says of memory, against what the TPU compiler said of the same programs (`benchmarks/aot.py`)."""
+"""What `rljax plan` says of memory and links, against what the TPU compiler said of the same programs
+(`benchmarks/aot.py`)."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -17,7 +19,10 @@ from rljax.config import (
     RunConfig,
     SamplingConfig,
 )
-from rljax.footprint import Setting, footprint, program_bytes
+from rljax.footprint import Setting, footprint, params_on_device, program_bytes
+from rljax.mesh import SAMPLER_RULES
+from rljax.models.scoring import MAX_CHUNK
+from rljax.steptime import learner_link_bytes, sampler_link_bytes, sync_link_bytes
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "aot.jsonl"
 SIZES = ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
@@ -56,6 +61,42 @@ def test_the_plan_is_within_15_percent_of_the_compiler(line: dict[str, Any]) -> 
     compiled = line["argument_gib"] + line["output_gib"] + line["temporary_gib"] - line["alias_gib"]
     in_gib = {part: round(size / 2**30, 3) for part, size in planned.items()}
     assert sum(planned.values()) / 2**30 == pytest.approx(compiled, rel=0.15), (in_gib, case["batch"])
+
+
+LINK_BOUNDS = {"prefill": 0.03, "decode": 0.03, "sync": 0.1, "update": 0.3}
+"""What is left to the compiler is most in updates: whether weights that were gathered are kept, and how it multiplies
+while it gathers. In a sync it is how copies of key/value heads are made."""
+
+
+@pytest.mark.parametrize("line", newest().values(), ids=newest().keys())
+def test_the_plan_sends_what_the_compiler_sends(line: dict[str, Any]) -> None:
+    """Bytes that a chip sends: of a sync a layer, of a decode a step, of an update a micro-batch."""
+    case = line["case"]
+    one = setting(case)
+    first, *sizes = map(int, re.findall(r"\d+", case["batch"]) or [0])
+    if case["program"] == "update":
+        updates = one.config.algorithm.updates_per_step
+        tokens = updates * sizes[0] * sizes[1]  # a micro-batch of each
+        again = case["batch"].endswith("remat full")
+        planned = sum(learner_link_bytes(one, tokens, backward=True, again=again)) / updates
+    elif case["program"] == "sync":
+        planned = sync_link_bytes(one, _a_layer(one))
+    else:
+        planned = sampler_link_bytes(
+            one, first / one.row_shards * (1 if case["program"] == "decode" else one.prompt_slots)
+        )
+    inside, head = (line["traffic"].get(loops, {"mib": 0.0})["mib"] for loops in ("1", "2"))
+    sent = {
+        "update": inside + -(-one.microbatch // MAX_CHUNK) * head,
+        "decode": inside,
+    }.get(case["program"], line["traffic"].get("0", {"mib": 0.0})["mib"])
+    assert planned / 2**20 == pytest.approx(sent, rel=LINK_BOUNDS[case["program"]], abs=0.01)
+
+
+def _a_layer(one: Setting) -> float:
+    """Parameters of one layer of the sampler on a chip."""
+    two, three = (dataclasses.replace(one.sampler_arch, num_layers=layers) for layers in (2, 3))
+    return params_on_device(three, one.mesh, SAMPLER_RULES) - params_on_device(two, one.mesh, SAMPLER_RULES)
 
 
 def test_what_fits() -> None:
