@@ -117,9 +117,21 @@ def saturates(fit: Fit) -> Finding:
     low, high = found["intervals"]["n0"]
     k_low, k_high = found["intervals"]["k_max"]
     largest = max(curve.key for curve in fit.curves)
+    claim = f"k(N) saturates within the sizes measured, on {_resource(fit.x)}"
+    if None in (
+        n0,
+        k_max,
+        low,
+        high,
+        k_low,
+        k_high,
+        found["r2"],
+        found["r2_baseline"],
+    ):  # as of runs that learn nothing
+        return Finding(claim, "undecided", "k_max or N0 is not determined by these curves")
     verdict = "holds" if high < largest else "does not hold" if low > largest else "undecided"
     return Finding(
-        f"k(N) saturates within the sizes measured, on {_resource(fit.x)}",
+        claim,
         verdict,
         f"k_max {k_max:.3f} ({k_low:.3f} to {k_high:.3f}), N0 {_size(n0)} ({_size(low)} to {_size(high)}), largest "
         f"size {_size(largest)}; R² {found['r2']:.4f}, of a constant per size {found['r2_baseline']:.4f}",

@@ -24,6 +24,7 @@ import quickstart  # noqa: E402
 import rewards  # noqa: E402
 import roofline  # noqa: E402
 import sampling  # noqa: E402
+import scaling  # noqa: E402
 import simulate  # noqa: E402
 import table  # noqa: E402
 import weak_scaling  # noqa: E402
@@ -538,6 +539,23 @@ def test_peers_continue_as_rljax_does(folder: Path) -> None:
     finally:
         for worker in workers:
             worker.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- scaling
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(lambda n, step: 1.0, "undecided"), (None, "holds")])
+def test_runs_that_learnt_nothing_decide_nothing(tmp_path: Path, loss: Any, verdict: str) -> None:
+    """The rehearsal's end so; curves that follow the law with N0 within their sizes are told to saturate."""
+    rng, sizes = np.random.default_rng(0), (20_000, 200_000, 2_000_000)
+    law = loss or (
+        lambda n, step: 0.9 * (4.0 * step) ** (-0.4 / (1 + 100_000 / n)) * float(np.exp(rng.normal(0, 1e-3)))
+    )
+    rows = ["run,num_params,step,samples,flops,tokens,test_loss"]
+    rows += [f"{n},{n},{s},{4 * s},{n * s}e3,{s},{law(n, s)}" for n in sizes for s in range(1, 11)]
+    (tmp_path / "curves.csv").write_text("\n".join(rows))
+    curves, _ = scaling.read_held(tmp_path / "curves.csv", where={}, by="num_params")
+    assert scaling.saturates(scaling.fits_of(curves, "samples", 20)["law"]).verdict == verdict
 
 
 # -------------------------------------------------------------------------------------------------------- weak scaling
