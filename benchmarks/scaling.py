@@ -118,16 +118,8 @@ def saturates(fit: Fit) -> Finding:
     k_low, k_high = found["intervals"]["k_max"]
     largest = max(curve.key for curve in fit.curves)
     claim = f"k(N) saturates within the sizes measured, on {_resource(fit.x)}"
-    if None in (
-        n0,
-        k_max,
-        low,
-        high,
-        k_low,
-        k_high,
-        found["r2"],
-        found["r2_baseline"],
-    ):  # as of runs that learn nothing
+    told = (n0, k_max, low, high, k_low, k_high, found["r2"], found["r2_baseline"])
+    if None in told:  # as of runs that learnt nothing
         return Finding(claim, "undecided", "k_max or N0 is not determined by these curves")
     verdict = "holds" if high < largest else "does not hold" if low > largest else "undecided"
     return Finding(
