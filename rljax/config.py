@@ -486,8 +486,6 @@ PREEMPTED = 75
 """Exit code of a run that was told to stop (SIGTERM) and saved its step first: a launcher starts it again."""
 NON_FINITE = 71
 """Exit code of a run that ended for `NonFiniteError`: it would come to the same again."""
-
-
 CHECKPOINT_FAILED = 72
 """Exit code of a run that ended for `CheckpointError`: what it learnt from then on would be lost."""
 

@@ -286,8 +286,8 @@ def program_bytes(setting: Setting, program: Program, *, remat: str = "full", sh
         layers = setting.arch.num_layers
         size = BYTES[setting.compute_dtype]
         return {
-            "master weights": 4 * layers * _layer_on_device(setting.arch, setting.mesh, LEARNER_RULES),
-            "sampler weights": size * _layer_on_device(setting.sampler_arch, setting.mesh, SAMPLER_RULES),
+            "master weights": 4 * layers * layer_on_device(setting.arch, setting.mesh, LEARNER_RULES),
+            "sampler weights": size * layer_on_device(setting.sampler_arch, setting.mesh, SAMPLER_RULES),
             "temporaries": sync_work(setting),
         }
     if shape is None:
@@ -323,10 +323,10 @@ def update_work(setting: Setting, remat: str) -> Parts:
 
 def sync_work(setting: Setting) -> int:
     """Temporaries of the weight sync of a layer: as it comes from the other devices, before it is fused."""
-    return BYTES[setting.compute_dtype] * _layer_on_device(setting.sampler_arch, setting.mesh, SAMPLER_RULES)
+    return BYTES[setting.compute_dtype] * layer_on_device(setting.sampler_arch, setting.mesh, SAMPLER_RULES)
 
 
-def _layer_on_device(arch: Architecture, mesh: MeshConfig, rules: Rules) -> int:
+def layer_on_device(arch: Architecture, mesh: MeshConfig, rules: Rules) -> int:
     """Parameters of one layer on each device."""
     layers = [weight for weight in weights(arch) if weight.name not in _OUTSIDE]
     return sum(weight.on_device(mesh, rules) for weight in layers) // arch.num_layers

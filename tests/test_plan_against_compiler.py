@@ -1,7 +1,6 @@
 """What `rljax plan` says of memory and links, against what the TPU compiler said of the same programs
 (`benchmarks/aot.py`)."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -19,7 +18,7 @@ from rljax.config import (
     RunConfig,
     SamplingConfig,
 )
-from rljax.footprint import Setting, footprint, params_on_device, program_bytes
+from rljax.footprint import Setting, footprint, layer_on_device, program_bytes
 from rljax.mesh import SAMPLER_RULES
 from rljax.models.scoring import MAX_CHUNK
 from rljax.steptime import learner_link_bytes, sampler_link_bytes, sync_link_bytes
@@ -80,7 +79,7 @@ def test_the_plan_sends_what_the_compiler_sends(line: dict[str, Any]) -> None:
         again = case["batch"].endswith("remat full")
         planned = sum(learner_link_bytes(one, tokens, backward=True, again=again)) / updates
     elif case["program"] == "sync":
-        planned = sync_link_bytes(one, _a_layer(one))
+        planned = sync_link_bytes(one, layer_on_device(one.sampler_arch, one.mesh, SAMPLER_RULES))
     else:
         planned = sampler_link_bytes(
             one, first / one.row_shards * (1 if case["program"] == "decode" else one.prompt_slots)
@@ -91,12 +90,6 @@ def test_the_plan_sends_what_the_compiler_sends(line: dict[str, Any]) -> None:
         "decode": inside,
     }.get(case["program"], line["traffic"].get("0", {"mib": 0.0})["mib"])
     assert planned / 2**20 == pytest.approx(sent, rel=LINK_BOUNDS[case["program"]], abs=0.01)
-
-
-def _a_layer(one: Setting) -> float:
-    """Parameters of one layer of the sampler on a chip."""
-    two, three = (dataclasses.replace(one.sampler_arch, num_layers=layers) for layers in (2, 3))
-    return params_on_device(three, one.mesh, SAMPLER_RULES) - params_on_device(two, one.mesh, SAMPLER_RULES)
 
 
 def test_what_fits() -> None:

@@ -30,21 +30,21 @@ def splash_attention(
     v: jax.Array,
     layout: "AttentionLayout",
     *,
-    tile: int | None = None,
+    tiles: tuple[int, int] | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Softmax attention in memory linear in T but for the mask, a bool [T, T] of the row in work.
+    """Softmax attention that holds no scores, but the mask: a bool [T, T] of every row, an int32 of the one in work.
 
     q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]. Scores and softmax in float32, sums of the gradient of q in
     its dtype, one addend for every tile of keys.
 
     Args:
-      tile: of queries and of keys, a multiple of 128, the lanes of a TPU's vector unit; None: `TILE` and
-        `key_tile_for`.
+      tiles: positions of one of queries, a multiple of 128, the lanes of a TPU's vector unit, and of one of keys, a
+        multiple of that; None: `TILE` and `key_tile_for`.
       interpret: as JAX would compute it, anywhere and slowly, for tests.
     """
     length = q.shape[1]
-    tiles = (tile, tile) if tile else (TILE, key_tile_for(length))
+    tiles = tiles or (TILE, key_tile_for(length))
     fill = -length % tiles[1]
     mask = jnp.pad(layout.mask(), ((0, 0), (0, fill), (0, fill)))
     # Padding sees itself: the kernels divide by what a query sees.

@@ -78,7 +78,7 @@ class Figure:
                 continue
             title, draw = panel
             draw(one)
-            one.set_title(title, fontsize=10, y=1.0)  # else it looks for its place, at a seventh of all the time
+            one.set_title(title, fontsize=10, y=1.0)  # else it looks for its place each time
 
 
 def write_figures(

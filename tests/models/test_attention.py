@@ -45,7 +45,7 @@ BACKENDS: dict[str, module.Backend] = {
     "dense": dense_attention,
     "blockwise": partial(blockwise_attention, block=16),
     "cudnn's arguments": partial(cudnn_attention, implementation="xla"),
-    "splash": partial(splash_attention, tile=128, interpret=True),
+    "splash": partial(splash_attention, tiles=(128, 128), interpret=True),
 }
 
 
@@ -106,12 +106,13 @@ def definition(layout: AttentionLayout, *given: np.ndarray) -> list[np.ndarray]:
     return [context, dq, dk, dv]
 
 
-def test_splash_skips_and_masks_tile_by_tile() -> None:
+@pytest.mark.parametrize("tiles", [(128, 128), (128, 256)])
+def test_splash_skips_and_masks_tile_by_tile(tiles: tuple[int, int]) -> None:
     """Six tiles of a row: seen in full, in part and not at all."""
     layout = packed([[(150, [300, 20]), (40, [90])], [(130, [130, 130, 100])]], 700)
     given = arrays(layout, (4, 2, 64))
     real = np.asarray(layout.group >= 0)
-    attend = partial(splash_attention, tile=128, interpret=True)
+    attend = partial(splash_attention, tiles=tiles, interpret=True)
 
     @jax.jit
     def run(q: Any, k: Any, v: Any, d: Any) -> tuple[Any, ...]:
